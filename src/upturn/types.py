@@ -1,0 +1,121 @@
+"""The nouns that cross rooms: plain frozen records, no torch.
+
+One prompt has an *attempt*: a list of drafts. Each draft knows which earlier drafts it was shown (`parents`),
+so chains, stars, parallel samples and aggregation are the same data with other parents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "context"]
+"""Why a draft ended: an end token was sampled, `max_new_tokens` was reached, or the model's context was full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question. The reference answer is not here: it lives in the task, so no strategy can leak it."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """One answer at some turn, as it was really sampled."""
+
+    index: int
+    """Place in its attempt's list of drafts."""
+    turn: int
+    """1 is the direct answer, 2 and more are refinements."""
+    parents: tuple[int, ...]
+    """Indices of the drafts that stood in its context, in the order shown."""
+    text: str
+    """Decoded answer without special tokens."""
+    token_ids: tuple[int, ...]
+    """Sampled ids; the end token is the last one if and only if it was sampled."""
+    sampler_logprobs: tuple[float, ...]
+    """Natural log-probability of each sampled id under the unmodified model (temperature 1, no top-p)."""
+    finish_reason: FinishReason
+    prompt_tokens: int
+    """Tokens of the context."""
+    cached_tokens: int
+    """How many of those were already in the KV cache."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the model ended the answer itself. A cut draft is never taught as complete."""
+        return self.finish_reason == "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A scorer's judgement of one draft."""
+
+    value: float
+    """Higher is better. Verifiers use [0, 1]; a reward model any real number; NaN where no judgement was possible."""
+    right: bool
+    """Whether the answer counts as right (False where only a reward model judged)."""
+    note: str = ""
+    """Why, in a few words; also holds the reason of a failed judgement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A prompt with its drafts and, once scored, one score per draft."""
+
+    prompt: Prompt
+    drafts: tuple[Draft, ...]
+    scores: tuple[Score, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A better and a worse draft of one prompt."""
+
+    prompt: Prompt
+    chosen: Draft
+    rejected: Draft
+    p: float = 1.0
+    """Probability that chosen is better: 1 is a hard label, 1/2 a tie."""
+    chosen_right: bool = False
+    rejected_right: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Token ids of a context and of the target whose log-probability is asked for."""
+
+    context: tuple[int, ...]
+    target: tuple[int, ...]
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """Any record of this module as plain JSON data."""
+    return asdict(record)
+
+
+def attempt_from_json(data: dict[str, Any]) -> Attempt:
+    """The inverse of `to_json` for an attempt."""
+    return Attempt(
+        Prompt(**data["prompt"]),
+        tuple(draft_from_json(draft) for draft in data["drafts"]),
+        tuple(Score(**score) for score in data["scores"]),
+    )
+
+
+def draft_from_json(data: dict[str, Any]) -> Draft:
+    """The inverse of `to_json` for a draft."""
+    lists = {name: tuple(data[name]) for name in ("parents", "token_ids", "sampler_logprobs")}
+    return Draft(**(data | lists))
+
+
+def pair_from_json(data: dict[str, Any]) -> Pair:
+    """The inverse of `to_json` for a pair."""
+    records = {
+        "prompt": Prompt(**data["prompt"]),
+        "chosen": draft_from_json(data["chosen"]),
+        "rejected": draft_from_json(data["rejected"]),
+    }
+    return Pair(**(data | records))
