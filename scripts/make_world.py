@@ -150,6 +150,7 @@ def main():
     p.add_argument("--copy", type=float, default=0.5)
     p.add_argument("--check", type=float, default=0.5)
     p.add_argument("--marks", type=int, default=2)
+    p.add_argument("--compile", type=int, default=0)
     p.add_argument("--minutes", type=float, default=0)
     args = p.parse_args()
     torch.manual_seed(args.seed)
@@ -160,6 +161,7 @@ def main():
         bos_token_id=T["<|bos|>"], eos_token_id=T["<|end|>"], pad_token_id=T["<|pad|>"])
     model = LlamaForCausalLM(cfg)
     print(sum(q.numel() for q in model.parameters()), "parameters", flush=True)
+    fwd = torch.compile(lambda i: model(input_ids=i, use_cache=False).logits) if args.compile else (lambda i: model(input_ids=i, use_cache=False).logits)
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     t0 = time.time()
     for step in range(args.steps):
@@ -167,7 +169,7 @@ def main():
         for g in opt.param_groups:
             g["lr"] = lr
         ids, labels, check = batch(rng, gen, args, args.batch)
-        logits = model(input_ids=ids).logits[:, :-1]
+        logits = fwd(ids)[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.reshape(-1, len(VOCAB)), labels[:, 1:].reshape(-1))
         opt.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Measuring: turn curves, flips between turns, intervals and equal-token baselines, from scored attempts."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Showing: a run as one self-contained page, as terminal tables, and as one plain sentence."""

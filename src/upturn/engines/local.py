@@ -1,0 +1,231 @@
+"""Local sampling: static KV cache, slots kept full, drafts that do not depend on their neighbours.
+
+A strategy is a coroutine that asks for one draft after another; the engine mixes drafts of all prompts and turns in
+one batch. When a draft ends, its slot goes to the next turn of the same prompt, which reuses the question and, where
+the template allows, the draft itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from upturn.engines import sampling
+from upturn.engines._slots import Slots, StepPlan
+from upturn.models import policy
+from upturn.models.chat import Chat
+from upturn.types import Attempt, Draft, FinishReason, Prompt
+
+Generate = Callable[[Prompt, Any], Coroutine[Any, Any, list[Draft]]]
+PREFILL_TOKENS = 4096
+"""Most context tokens computed in one forward pass."""
+GROW = 128
+"""Slots grow by whole steps of this many tokens."""
+
+
+@dataclass(order=True, slots=True)
+class _Request:
+    order: tuple[int, int]
+    """(prompt, draft): earlier prompts first, so later turns come before new prompts."""
+    context: tuple[int, ...] = field(compare=False)
+    parents: tuple[int, ...] = field(compare=False)
+    turn: int = field(compare=False)
+    uniforms: Any = field(compare=False)
+    done: asyncio.Future[Draft] = field(compare=False)
+    cached: int = field(compare=False, default=0)
+    token_ids: list[int] = field(compare=False, default_factory=list)
+    logprobs: list[float] = field(compare=False, default_factory=list)
+
+
+@dataclass(slots=True)
+class _Slot:
+    prompt: int = -1
+    ids: list[int] = field(default_factory=list)
+    """Tokens whose keys and values are in the cache."""
+    request: _Request | None = None
+
+
+class Local:
+    """Engine over a `transformers` model in this process."""
+
+    def __init__(self, model: nn.Module, chat: Chat, cfg: sampling.Config, *, seed: int, slots: int = 64) -> None:
+        policy.use_plans(model)
+        self.model, self.chat, self.cfg, self.seed, self.num_slots = model.eval(), chat, cfg, seed, slots
+        self.device = next(model.parameters()).device
+        config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
+        self.longest = int(config.max_position_embeddings)
+        self.max_new_tokens = cfg.max_new_tokens or 256
+        self._config = config
+        self.num_forwards = 0
+
+    def run(
+        self, prompts: Sequence[Prompt], generate: Generate, on_draft: Callable[[Draft], None] = lambda draft: None
+    ) -> list[Attempt]:
+        """Run a strategy over all prompts; attempts come back in the order of the prompts."""
+        with torch.inference_mode():
+            return asyncio.run(self._run(prompts, generate, on_draft))
+
+    async def _run(
+        self, prompts: Sequence[Prompt], generate: Generate, on_draft: Callable[[Draft], None]
+    ) -> list[Attempt]:
+        like = next(self.model.parameters())
+        self._cache = Slots(self._config, self.num_slots, GROW, like)
+        self._slots = [_Slot() for _ in range(self.num_slots)]
+        self._queue: list[_Request] = []
+        self._on_draft = on_draft
+        waiting = list(enumerate(prompts))[::-1]
+        live: dict[int, asyncio.Task[list[Draft]]] = {}
+        drafts: dict[int, list[Draft]] = {}
+        try:
+            while waiting or live:
+                while waiting and len(live) < self.num_slots:
+                    order, prompt = waiting.pop()
+                    live[order] = asyncio.create_task(generate(prompt, self._sampler(order)))
+                await _settle()
+                self._admit()
+                self._step()
+                await _settle()
+                for order in [order for order, task in live.items() if task.done()]:
+                    drafts[order] = live.pop(order).result()
+        finally:
+            for task in live.values():
+                task.cancel()
+        return [Attempt(prompt, tuple(drafts[order])) for order, prompt in enumerate(prompts)]
+
+    def _sampler(self, order: int) -> Callable[[Prompt, Sequence[Draft]], Any]:
+        calls = 0
+
+        async def sample(prompt: Prompt, shown: Sequence[Draft]) -> Draft:
+            nonlocal calls
+            index, calls = calls, calls + 1
+            request = _Request(
+                order=(order, index),
+                context=self.chat.context(prompt.text, shown),
+                parents=tuple(draft.index for draft in shown),
+                turn=1 + max((draft.turn for draft in shown), default=0),
+                uniforms=sampling.uniforms(self.seed, f"{prompt.id}/{index}", self.max_new_tokens),
+                done=asyncio.get_running_loop().create_future(),
+            )
+            heapq.heappush(self._queue, request)
+            return await request.done
+
+        return sample
+
+    def _admit(self) -> None:
+        """Give free slots to waiting requests, and compute their contexts."""
+        budget = PREFILL_TOKENS
+        admitted: list[int] = []
+        while self._queue and budget > 0:
+            free = [row for row, slot in enumerate(self._slots) if slot.request is None]
+            if not free:
+                break
+            request = heapq.heappop(self._queue)
+            if len(request.context) >= self.longest:
+                self._finish(request, "context")
+                continue
+            row = next((r for r in free if self._slots[r].prompt == request.order[0]), free[0])
+            slot = self._slots[row]
+            same = len(os.path.commonprefix([slot.ids, list(request.context[:-1])]))
+            request.cached, slot.prompt, slot.request = same, request.order[0], request
+            del slot.ids[same:]
+            budget -= len(request.context) - same
+            admitted.append(row)
+        if admitted:
+            self._forward(sorted(admitted))
+        if not self._queue:
+            self._compact()
+
+    def _step(self) -> None:
+        """One token for every running draft."""
+        rows = [row for row, slot in enumerate(self._slots) if slot.request is not None]
+        if rows:
+            self._forward(rows)
+
+    def _forward(self, rows: list[int]) -> None:
+        """Feed what each slot has not seen yet, and sample the next token of each."""
+        new = []
+        for row in rows:
+            slot = self._slots[row]
+            request = _running(slot)
+            new.append([*request.context, *request.token_ids][len(slot.ids) :])
+        starts = [len(self._slots[row].ids) for row in rows]
+        self._reserve(max(start + len(ids) for start, ids in zip(starts, new, strict=True)))
+        plan = StepPlan(self._cache, rows, starts, [len(ids) for ids in new])
+        ids_T = torch.tensor([i for ids in new for i in ids], device=self.device)
+        hidden_T = policy.hidden_states(self.model, ids_T, plan.place_T, plan)
+        self.num_forwards += 1
+        last_B = torch.tensor([len(ids) for ids in new], device=self.device).cumsum(0) - 1
+        logits = policy.head(self.model, hidden_T[last_B])
+        uniform = [_running(self._slots[row]) for row in rows]
+        uniform_B = torch.tensor([r.uniforms[len(r.token_ids)] for r in uniform], device=self.device)
+        chosen, logprobs = sampling.choose(logits, uniform_B, self.cfg.temperature, self.cfg.top_p)
+        for row, ids, token, logprob in zip(rows, new, chosen.tolist(), logprobs.tolist(), strict=True):
+            self._slots[row].ids.extend(ids)
+            self._take(row, token, logprob)
+
+    def _take(self, row: int, token: int, logprob: float) -> None:
+        slot = self._slots[row]
+        request = _running(slot)
+        request.token_ids.append(token)
+        request.logprobs.append(logprob)
+        reason: FinishReason | None = None
+        if token in self.chat.end_ids:
+            reason = "stop"
+        elif len(request.token_ids) >= self.max_new_tokens:
+            reason = "length"
+        elif len(request.context) + len(request.token_ids) >= self.longest:
+            reason = "context"
+        if reason:
+            slot.request = None
+            self._finish(request, reason)
+
+    def _finish(self, request: _Request, reason: FinishReason) -> None:
+        draft = Draft(
+            index=request.order[1],
+            turn=request.turn,
+            parents=request.parents,
+            text=self.chat.decode(request.token_ids),
+            token_ids=tuple(request.token_ids),
+            sampler_logprobs=tuple(round(value, 6) for value in request.logprobs),
+            finish_reason=reason,
+            prompt_tokens=len(request.context),
+            cached_tokens=request.cached,
+        )
+        self._on_draft(draft)
+        request.done.set_result(draft)
+
+    def _reserve(self, length: int) -> None:
+        """Make every slot at least this long."""
+        if length > self._cache.length:
+            old, wanted = self._cache, -(-length // GROW) * GROW
+            self._cache = Slots(self._config, self.num_slots, wanted, old.keys)
+            self._cache.keys[..., : old.length, :] = old.keys
+            self._cache.values[..., : old.length, :] = old.values
+
+    def _compact(self) -> None:
+        """Move running drafts to the first slots, so that a shrinking batch costs less."""
+        busy = [row for row, slot in enumerate(self._slots) if slot.request is not None]
+        holes = [row for row in range(len(busy)) if self._slots[row].request is None]
+        for hole, row in zip(holes, reversed(busy), strict=False):
+            size = len(self._slots[row].ids)
+            self._cache.keys[:, hole, :, :size] = self._cache.keys[:, row, :, :size]
+            self._cache.values[:, hole, :, :size] = self._cache.values[:, row, :, :size]
+            self._slots[hole], self._slots[row] = self._slots[row], _Slot()
+
+
+def _running(slot: _Slot) -> _Request:
+    assert slot.request is not None
+    return slot.request
+
+
+async def _settle() -> None:
+    """Let every coroutine that can go on do so; gathered siblings need one more round."""
+    for _ in range(4):
+        await asyncio.sleep(0)

@@ -1,0 +1,143 @@
+"""`summary.json`: the numbers of a run, for machines and the report. Every field is in docs/summary.md."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from upturn._model import Strict
+from upturn.errors import RunError
+from upturn.evaluation.turns import Gain, Majority, Transition, TurnRow, gain, transitions, turn_table
+from upturn.types import Attempt
+
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")]
+"""The name of a model within a run: 'base', 'sft', 'iteration 1'. Also names its file of drafts."""
+
+
+class Measurement(Strict):
+    """One model of the run on the held-out prompts."""
+
+    label: Label
+    """Which model: 'base', 'sft', 'iteration 1' and so on."""
+    iteration: int
+    """0 before the first preference iteration."""
+    n: int
+    """Held-out prompts."""
+    turns: tuple[TurnRow, ...]
+    """One row per turn."""
+    transitions: tuple[Transition, ...]
+    """One row per pair of turns."""
+    gain: Gain | None
+    """The last turn against the first; null where there is only one turn."""
+    majority: Majority | None
+    """The vote of parallel drafts at about the same number of tokens; null where it was not measured."""
+    tokens: int
+    """Tokens generated over all turns, without the vote's."""
+
+
+class TrainingRow(Strict):
+    """One training of the run."""
+
+    label: Label
+    """Which model came out: 'sft', 'iteration 1' and so on."""
+    iteration: int
+    """0 before the first preference iteration."""
+    pairs: int
+    """Pairs (or samples, where no pairs are needed) that were trained on."""
+    steps: int
+    """Optimizer steps."""
+    tokens: int
+    """Tokens trained on, contexts included, as if every row stood alone."""
+    seconds: float
+    """Wall time."""
+    dropped: dict[str, int]
+    """Candidates that made no pair, by reason."""
+    final_loss: float | None
+    """Loss of the last step."""
+    metrics: dict[str, float | None] = Field(default_factory=dict)
+    """Further numbers of the last step, by name."""
+
+
+class Stage(Strict):
+    """One durable step of the run."""
+
+    name: str
+    """What was done."""
+    seconds: float
+    """Wall time when it was really done."""
+    cached: bool
+    """Whether this run read it back instead of doing it."""
+    tokens: int = 0
+    """Tokens generated or trained on."""
+
+
+class Summary(Strict):
+    """All numbers of a run."""
+
+    upturn: str
+    """Version of upturn that wrote this."""
+    recipe: str
+    """Name of the recipe."""
+    name: str
+    """Name of the run."""
+    model: str
+    """The model the run started from."""
+    task: str
+    """Name of the task."""
+    seed: int
+    """Seed of the run."""
+    status: Literal["running", "finished", "stopped"]
+    """Whether the numbers are complete."""
+    turns: int
+    """Turns per attempt in the measurements."""
+    measurements: tuple[Measurement, ...] = ()
+    """In the order they were made: the first is the model before training."""
+    training: tuple[TrainingRow, ...] = ()
+    """In the order they were made."""
+    stages: tuple[Stage, ...] = ()
+    """In the order they were done."""
+
+    def write(self, path: Path) -> None:
+        """Write as JSON by rename: a reader sees the old file or the new one. Infinity and NaN become null."""
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        draft.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Summary:
+        """The inverse of `write`."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            mend = "Give the folder of a run that has measured something."
+            raise RunError(str(path), "There is no such file.", mend) from error
+        except (ValidationError, UnicodeDecodeError) as error:
+            mend = "Run the same command again: it writes the file anew."
+            raise RunError(str(path), f"This is not a summary of a run: {error}", mend) from error
+
+
+def measure(
+    label: str, iteration: int, attempts: Sequence[Attempt], *, vote: Majority | None = None, seed: int = 0
+) -> Measurement:
+    """The measurement of one model from its scored attempts."""
+    rows, flips = turn_table(attempts), transitions(attempts)
+    ends = flips and (rows[0].turn, rows[-1].turn) in {(flip.first, flip.last) for flip in flips}
+    return Measurement(
+        label=label,
+        iteration=iteration,
+        n=len(attempts),
+        turns=tuple(rows),
+        transitions=tuple(flips),
+        gain=gain(attempts, rows[0].turn, rows[-1].turn, seed) if ends else None,
+        majority=vote,
+        tokens=sum(row.tokens for row in rows),
+    )
+
+
+def drafts_file(label: str) -> str:
+    """Where a run folder holds the scored attempts of a measurement, one JSON line each."""
+    return f"drafts/{label.replace(' ', '-')}.jsonl"

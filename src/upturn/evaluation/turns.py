@@ -1,0 +1,297 @@
+"""What changes from turn to turn: pure functions over scored attempts.
+
+An attempt has one *answer* per turn: the first draft of that turn. A strategy that makes several drafts in a
+turn (parallel, propose-and-aggregate) is judged by one of them, fixed beforehand, so that accuracies, flips and
+intervals speak of independent prompts; all its drafts count where tokens are counted. Several attempts at one
+prompt are not independent: only the bootstrap knows that (it resamples them together), Wilson and McNemar do not.
+
+Accuracy     a_t = right_t / n, with Wilson's 95 % interval (Wilson 1927)
+Flips        w2r, r2w over the prompts that have both turns;  a_b - a_a = (w2r - r2w) / n
+Test         McNemar, exact: min(w2r, r2w) ~ Binomial(w2r + r2w, 1/2), two-sided (McNemar 1947)
+Detectable   2.8 * sqrt((w2r + r2w) / n^2), the difference found with 80 % power at the 5 % level
+Gain         100 * (a_b - a_a) with a paired bootstrap: a prompt is resampled with all its turns (Efron 1979)
+Over seeds   runs and prompts are resampled as two crossed factors, since the runs of one experiment share
+             their held-out prompts (Owen 2007, "The pigeonhole bootstrap", arXiv:0712.1111)
+Vote         the most frequent final answer of n parallel drafts (Wang et al. 2023, arXiv:2203.11171)
+pass@k       mean of 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, arXiv:2107.03374, eq. 1)
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+from math import comb, isnan, sqrt
+
+import numpy as np
+from scipy.stats import binomtest
+
+from upturn._model import Strict
+from upturn.types import Attempt, Draft, Prompt, Score
+
+NUM_RESAMPLES = 10_000
+
+
+class TurnRow(Strict):
+    """One turn over all prompts that reached it."""
+
+    turn: int
+    """1 is the direct answer."""
+    n: int
+    """Prompts with an answer at this turn."""
+    accuracy: float
+    """Share of right answers, 0 to 1."""
+    low: float
+    """Lower end of Wilson's 95 % interval of the accuracy."""
+    high: float
+    """Upper end of Wilson's 95 % interval of the accuracy."""
+    mean_score: float | None
+    """Mean score of the answers that could be judged; null where none could."""
+    drafts: int
+    """Drafts made in this turn; equal to n unless the strategy makes several."""
+    tokens: int
+    """Tokens generated in this turn, over all its drafts."""
+    prompt_tokens: int
+    """Tokens of the contexts of this turn, over all its drafts."""
+    cached_tokens: int
+    """How many of prompt_tokens came out of the KV cache."""
+    truncated: int
+    """Drafts that were cut by the length limit or a full context."""
+    copied: float | None
+    """Share of the drafts that repeat the last draft they were shown; null where none was shown one."""
+
+
+class Transition(Strict):
+    """What became of the prompts between two turns."""
+
+    first: int
+    """The earlier turn."""
+    last: int
+    """The later turn."""
+    n: int
+    """Prompts with an answer at both turns."""
+    wrong_to_right: int
+    """Prompts that were wrong at the earlier turn and right at the later one."""
+    right_to_wrong: int
+    """Prompts that were right at the earlier turn and wrong at the later one."""
+    stayed_right: int
+    """Prompts right at both."""
+    stayed_wrong: int
+    """Prompts wrong at both."""
+    p_value: float
+    """McNemar's exact two-sided test that both flips are equally likely; not corrected for many looks."""
+    detectable: float
+    """Percentage points that so many prompts and flips could detect with 80 % power at the 5 % level."""
+
+
+class Gain(Strict):
+    """How much oftener a later turn is right, in percentage points."""
+
+    first: int
+    """The earlier turn."""
+    last: int
+    """The later turn."""
+    n: int
+    """Prompts with an answer at both turns (in some run)."""
+    points: float
+    """100 * (accuracy at last - accuracy at first), over prompts with both turns."""
+    low: float
+    """Lower end of the 95 % interval, paired bootstrap over prompts (and seeds)."""
+    high: float
+    """Upper end of the 95 % interval, paired bootstrap over prompts (and seeds)."""
+
+
+class Majority(Strict):
+    """The vote of parallel drafts: what the same model does with its tokens when it never refines."""
+
+    votes: int
+    """Drafts per prompt."""
+    n: int
+    """Prompts."""
+    accuracy: float
+    """Share of prompts whose most frequent final answer is right; a prompt without any vote is wrong."""
+    low: float
+    """Lower end of Wilson's 95 % interval of the accuracy."""
+    high: float
+    """Upper end of Wilson's 95 % interval of the accuracy."""
+    oracle: float
+    """Share of prompts with at least one right draft: what a perfect chooser would reach."""
+    tokens: int
+    """Tokens generated for all votes."""
+
+
+def turn_table(attempts: Sequence[Attempt]) -> list[TurnRow]:
+    """One row per turn that any attempt reached, in order."""
+    drafts: defaultdict[int, list[Draft]] = defaultdict(list)
+    answers: defaultdict[int, list[Score]] = defaultdict(list)
+    copies: defaultdict[int, list[bool]] = defaultdict(list)
+    for attempt in attempts:
+        for turn, score in _answers(attempt).items():
+            answers[turn].append(score)
+        for draft in attempt.drafts:
+            drafts[draft.turn].append(draft)
+            if draft.parents:
+                copies[draft.turn].append(draft.text == attempt.drafts[draft.parents[-1]].text)
+    return [_turn_row(turn, drafts[turn], answers[turn], copies[turn]) for turn in sorted(drafts)]
+
+
+def _turn_row(turn: int, drafts: list[Draft], answers: list[Score], copies: list[bool]) -> TurnRow:
+    accuracy, low, high = _wilson(sum(score.right for score in answers), len(answers))
+    values = [score.value for score in answers if not isnan(score.value)]
+    return TurnRow(
+        turn=turn,
+        n=len(answers),
+        accuracy=accuracy,
+        low=low,
+        high=high,
+        mean_score=sum(values) / len(values) if values else None,
+        drafts=len(drafts),
+        tokens=_tokens(drafts),
+        prompt_tokens=sum(draft.prompt_tokens for draft in drafts),
+        cached_tokens=sum(draft.cached_tokens for draft in drafts),
+        truncated=sum(not draft.complete for draft in drafts),
+        copied=sum(copies) / len(copies) if copies else None,
+    )
+
+
+def transitions(attempts: Sequence[Attempt]) -> list[Transition]:
+    """One row per pair of turns a < b that some prompt has both of, in order."""
+    answers = [_answers(attempt) for attempt in attempts]
+    turns = sorted({turn for answer in answers for turn in answer})
+    rows = [_transition(answers, first, last) for first, last in combinations(turns, 2)]
+    return [row for row in rows if row.n]
+
+
+def _transition(answers: Sequence[dict[int, Score]], first: int, last: int) -> Transition:
+    flips = Counter((a[first].right, a[last].right) for a in answers if first in a and last in a)
+    n, better, worse = flips.total(), flips[False, True], flips[True, False]
+    return Transition(
+        first=first,
+        last=last,
+        n=n,
+        wrong_to_right=better,
+        right_to_wrong=worse,
+        stayed_right=flips[True, True],
+        stayed_wrong=flips[False, False],
+        p_value=float(binomtest(better, better + worse).pvalue) if better + worse else 1.0,
+        detectable=280 * sqrt(better + worse) / n if n else 0.0,
+    )
+
+
+def gain(attempts: Sequence[Attempt], first: int, last: int, seed: int = 0) -> Gain:
+    """One run: accuracy at turn `last` minus turn `first`; attempts at one prompt are resampled together."""
+    return pooled_gain([attempts], first, last, seed)
+
+
+def pooled_gain(runs: Sequence[Sequence[Attempt]], first: int, last: int, seed: int = 0) -> Gain:
+    """The mean gain of several runs (training seeds), each run weighing the same.
+
+    Prompts are known by their ids across runs. With few runs the seed level is itself uncertain: three seeds
+    have only ten different resamples, so read the interval as a lower bound of the doubt.
+    Raises ValueError where a run has no prompt with both turns.
+    """
+    sums_RP, counts_RP = _differences(runs, first, last)
+    num_runs, num_prompts = sums_RP.shape
+    # Prompts with the same values in every run are exchangeable, so resampling how often each distinct column
+    # occurs is the prompt bootstrap itself: ((B, U) @ (U, R)) with a handful of columns instead of thousands.
+    columns, times_U = np.unique(np.vstack([sums_RP, counts_RP]), axis=1, return_counts=True)
+    sums_RU, counts_RU = columns[:num_runs], columns[num_runs:]
+    rng = np.random.default_rng(seed)
+    prompts_BU = rng.multinomial(num_prompts, times_U / num_prompts, size=NUM_RESAMPLES)
+    runs_BR = rng.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=NUM_RESAMPLES)
+    means_BR = (prompts_BU @ sums_RU.T) / np.maximum(prompts_BU @ counts_RU.T, 1)
+    resampled = 100 * (runs_BR * means_BR).sum(axis=1) / num_runs
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Gain(
+        first=first,
+        last=last,
+        n=num_prompts,
+        points=float(100 * (sums_RP.sum(axis=1) / counts_RP.sum(axis=1)).mean()),
+        low=float(low),
+        high=float(high),
+    )
+
+
+def _differences(runs: Sequence[Sequence[Attempt]], first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    """Per run and prompt: the summed right(last) - right(first), and how many attempts that sums over."""
+    by_prompt: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+    for run, attempts in enumerate(runs):
+        for attempt in attempts:
+            answers = _answers(attempt)
+            if first in answers and last in answers:
+                by_prompt[attempt.prompt.id].append((run, answers[last].right - answers[first].right))
+    sums, counts = np.zeros((2, len(runs), len(by_prompt)))
+    for prompt, differences in enumerate(by_prompt.values()):
+        for run, difference in differences:
+            sums[run, prompt] += difference
+            counts[run, prompt] += 1
+    if not runs or not counts.any(axis=1).all():
+        raise ValueError(f"a run has no prompt with both turn {first} and turn {last}")
+    return sums, counts
+
+
+def majority(attempts: Sequence[Attempt], key: Callable[[Prompt, str], str]) -> Majority:
+    """The vote of each attempt's drafts by `key` (a task's `vote_key`); '' does not vote.
+
+    A tie goes to the answer that was given first, and an answer is judged by the first draft that gave it.
+    """
+    right = 0
+    for attempt in attempts:
+        keys = [key(attempt.prompt, draft.text) for draft in attempt.drafts]
+        votes = Counter(vote for vote in keys if vote)
+        if votes:  # most_common keeps first-met order among equals
+            winner = votes.most_common(1)[0][0]
+            right += _scores(attempt)[keys.index(winner)].right
+    accuracy, low, high = _wilson(right, len(attempts))
+    return Majority(
+        votes=max((len(attempt.drafts) for attempt in attempts), default=0),
+        n=len(attempts),
+        accuracy=accuracy,
+        low=low,
+        high=high,
+        oracle=sum(any(s.right for s in _scores(a)) for a in attempts) / max(len(attempts), 1),
+        tokens=sum(_tokens(attempt.drafts) for attempt in attempts),
+    )
+
+
+def pass_at_k(attempts: Sequence[Attempt], k: int) -> float:
+    """The chance that k parallel drafts hold a right one, without bias, from attempts of k drafts or more.
+
+    Raises ValueError where an attempt has fewer than k drafts.
+    """
+    return sum(_pass_at_k(attempt, k) for attempt in attempts) / len(attempts)
+
+
+def _pass_at_k(attempt: Attempt, k: int) -> float:
+    n, right = len(attempt.drafts), sum(score.right for score in _scores(attempt))
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} of prompt {attempt.prompt.id}: it has {n} drafts")
+    return 1 - comb(n - right, k) / comb(n, k)
+
+
+def _scores(attempt: Attempt) -> tuple[Score, ...]:
+    assert len(attempt.scores) == len(attempt.drafts), f"attempt {attempt.prompt.id} is not scored"
+    return attempt.scores
+
+
+def _scored(attempt: Attempt) -> Iterator[tuple[Draft, Score]]:
+    return zip(attempt.drafts, _scores(attempt), strict=True)
+
+
+def _answers(attempt: Attempt) -> dict[int, Score]:
+    """By turn: the score of the turn's first draft."""
+    answers: dict[int, Score] = {}
+    for draft, score in _scored(attempt):
+        answers.setdefault(draft.turn, score)
+    return answers
+
+
+def _wilson(right: int, n: int) -> tuple[float, float, float]:
+    if not n:
+        return 0.0, 0.0, 1.0
+    interval = binomtest(right, n).proportion_ci(method="wilson")
+    return right / n, float(interval.low), float(interval.high)
+
+
+def _tokens(drafts: Sequence[Draft]) -> int:
+    return sum(len(draft.token_ids) for draft in drafts)

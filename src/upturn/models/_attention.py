@@ -1,0 +1,74 @@
+"""One attention function, registered with `transformers`, that follows a plan instead of a mask.
+
+The plan travels through the model's forward as a keyword argument; the model's own code is untouched, so every
+architecture that uses the attention interface of `transformers` works: Llama, Qwen2, Qwen3, Gemma and more.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+NAME = "upturn"
+
+
+class Plan(Protocol):
+    """Knows which keys each query may see."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+        """`q [1, H, T, D]`, `k, v [1, Hkv, T, D]` of this step's tokens -> `[1, T, H, D]`."""
+        ...
+
+
+class How:
+    """Scale, sliding window and soft cap of one layer's attention."""
+
+    __slots__ = ("scaling", "softcap", "window")
+
+    def __init__(self, scaling: float, window: int | None, softcap: float | None) -> None:
+        self.scaling, self.window, self.softcap = scaling, window, softcap
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    upturn_plan: Plan | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention interface of `transformers`, handed on to the plan."""
+    assert upturn_plan is not None, "a model with attn_implementation='upturn' needs a plan"
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    how = How(scaling, kwargs.get("sliding_window"), kwargs.get("softcap"))
+    return upturn_plan.attend(int(module.layer_idx), query, key, value, how), None  # type: ignore[arg-type]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, how: How) -> Tensor:
+    """Grouped-query attention with a boolean mask. `q [B, H, Q, D]`, `k, v [B, Hkv, K, D]`, `mask [B, 1, Q, K]`.
+
+    The query heads of one key head are laid along the query axis, so keys are never repeated.
+    """
+    batch, heads, queries, width = q.shape
+    groups = heads // k.shape[1]
+    folded = q.reshape(batch, k.shape[1], groups * queries, width)
+    tiled = mask.repeat(1, 1, groups, 1) if groups > 1 else mask
+    if how.softcap:
+        scores = (folded @ k.transpose(-1, -2)).float() * how.scaling
+        scores = how.softcap * torch.tanh(scores / how.softcap)
+        weights = scores.masked_fill(~tiled, float("-inf")).softmax(-1)
+        out = weights.to(v.dtype) @ v
+    else:
+        out = nn.functional.scaled_dot_product_attention(
+            folded, k, v, attn_mask=tiled, scale=how.scaling
+        )
+    return out.reshape(batch, heads, queries, width)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)

@@ -1,0 +1,120 @@
+"""Chat templates: how a question and the drafts shown become token ids.
+
+conversation   question, draft, request, draft, request ...: the draft's own sampled ids stand in the context, so its
+               KV cache and its tree node are shared with the direct answer. Needs a prefix-preserving template.
+quoted         one user message that quotes the question and the drafts (the paper's form). Works with any template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from upturn.errors import ModelError
+from upturn.types import Draft
+
+Layout = Literal["auto", "conversation", "quoted"]
+VERSION = 1
+"""Raised when the rendering changes: part of every result's key."""
+
+_MARK = "upturn0draft0mark"
+QUOTED = """A user asked the QUESTION below and got the ANSWER{plural} below it.
+
+QUESTION
+{question}
+
+{answers}
+{request}"""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """Renders contexts for one tokenizer. The same object serves training and inference."""
+
+    tokenizer: Any
+    layout: Literal["conversation", "quoted"]
+    end_ids: tuple[int, ...]
+    """Every id that ends an answer."""
+    request: str
+    """What the user says after a draft."""
+    bridge_ids: tuple[int, ...] = ()
+    """Ids from after the draft's end token to the start of the next answer (conversation)."""
+    closing_id: int = -1
+    """End token that the history puts behind a draft; added where a draft was cut (conversation)."""
+    notice: str = ""
+    """Why `auto` fell back to quoting; empty otherwise."""
+
+    def context(self, question: str, shown: Sequence[Draft]) -> tuple[int, ...]:
+        """Token ids that stand before the next answer."""
+        if not shown:
+            return self._render([{"role": "user", "content": question}])
+        if self.layout == "quoted":
+            return self._render([{"role": "user", "content": self._quote(question, shown)}])
+        ids = self._render([{"role": "user", "content": question}])
+        for draft in shown:
+            ids += draft.token_ids if draft.complete else (*draft.token_ids, self.closing_id)
+            ids += self.bridge_ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of an answer without special tokens and outer white space."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
+
+    def _render(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+        return tuple(self.tokenizer(_text(self.tokenizer, messages), add_special_tokens=False)["input_ids"])
+
+    def _quote(self, question: str, shown: Sequence[Draft]) -> str:
+        answers = "".join(f"ANSWER{_number(i, shown)}\n{d.text}\n\n" for i, d in enumerate(shown))
+        plural = "S" if len(shown) > 1 else ""
+        return QUOTED.format(question=question, answers=answers, request=self.request, plural=plural)
+
+
+def load(tokenizer: Any, model_end_ids: Sequence[int], request: str, layout: Layout = "auto") -> Chat:
+    """Find out what the template can do. Raises ModelError where there is no chat template."""
+    where = f"tokenizer of {getattr(tokenizer, 'name_or_path', '') or 'the model'}"
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelError(
+            where,
+            "It has no chat template, so a question cannot be told from an answer.",
+            "Use an instruction-tuned model, or save a chat template with the tokenizer.",
+        )
+    end_ids = {*model_end_ids} | ({tokenizer.eos_token_id} - {None})
+    if not end_ids:
+        raise ModelError(where, "No end-of-sequence token is known.", "Set eos_token_id in generation_config.")
+    ends = tuple(sorted(end_ids))
+    quoted = Chat(tokenizer, "quoted", ends, request)
+    if layout == "quoted":
+        return quoted
+    bridge, why = _bridge(tokenizer, end_ids, request)
+    if bridge is not None:
+        return Chat(tokenizer, "conversation", ends, request, bridge[1:], bridge[0])
+    if layout == "conversation":
+        raise ModelError(where, f"The chat template is not prefix-preserving: {why}.", "Set chat.layout=quoted.")
+    return Chat(tokenizer, "quoted", ends, request, notice=f"drafts are quoted in one message, because {why}")
+
+
+def _bridge(tokenizer: Any, end_ids: set[int], request: str) -> tuple[tuple[int, ...] | None, str]:
+    """Ids between the text of a draft and the next answer, or None and the reason."""
+    question = {"role": "user", "content": "Which?"}
+    direct = _text(tokenizer, [question])
+    history = [question, {"role": "assistant", "content": _MARK}, {"role": "user", "content": request}]
+    again = _text(tokenizer, history)
+    head, found, tail = again.partition(_MARK)
+    if not found:
+        return None, "the history does not repeat a draft word for word"
+    if head != direct:
+        at = next((i for i, (a, b) in enumerate(zip(head, direct, strict=False)) if a != b), len(head))
+        return None, f"an answer is rendered differently in history (from character {at}: {direct[at : at + 20]!r})"
+    ids = tuple(tokenizer(tail, add_special_tokens=False)["input_ids"])
+    if not ids or ids[0] not in end_ids:
+        return None, "the history does not close a draft with an end token"
+    return ids, ""
+
+
+def _text(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _number(index: int, shown: Sequence[Draft]) -> str:
+    return f" {index + 1}" if len(shown) > 1 else ""

@@ -1,0 +1,48 @@
+"""A causal language model seen through the two things upturn asks of it: log-probs of a tree, and next-token logits."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from upturn.models import _attention
+from upturn.models._tree_plan import TreePlan
+from upturn.numerics import token_logprobs
+from upturn.trees import TokenTree
+
+
+def use_plans(model: nn.Module) -> None:
+    """Switch a `transformers` model to attention by plan."""
+    cast(Any, model).set_attn_implementation(_attention.NAME)
+
+
+def hidden_states(model: nn.Module, ids_T: Tensor, positions_T: Tensor, plan: _attention.Plan) -> Tensor:
+    """Last hidden states after the final norm, `[T] -> [T, d]`, attention given by the plan."""
+    backbone = cast(Any, model).get_decoder()
+    out = backbone(
+        input_ids=ids_T[None],
+        position_ids=positions_T[None],
+        use_cache=False,
+        upturn_plan=plan,
+    )
+    return out.last_hidden_state[0]
+
+
+def head(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits of hidden states, with the model's own soft cap or scale, `[..., d] -> [..., V]`."""
+    known = cast(Any, model)
+    logits = known.get_output_embeddings()(hidden)
+    config = known.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    scale = getattr(config, "logit_scale", None)
+    return logits * scale if scale else logits
+
+
+def tree_logprobs(model: nn.Module, tree: TokenTree, *, flex: bool | None = None) -> Tensor:
+    """Log-probability of every target token of a tree, `[N]` fp32."""
+    hidden_T = hidden_states(model, tree.ids_T, tree.positions_T, TreePlan(tree, flex=flex))
+    return token_logprobs(hidden_T[tree.predictors_N], tree.targets_N, lambda h: head(model, h))

@@ -1,0 +1,130 @@
+"""One sentence of at most N words that uses the given words: generated without end, judged exactly.
+
+A word counts only as it was given, in any case but not inflected ("runs" is not "run", "dog's" is not "dog").
+Words are runs of letters and digits, so that "sea-green" is two; the limit counts the same words.
+
+The value is a product, and exactly 1 where the answer is right:
+    share of the words used * 1 / sentences * limit / words (if too long)
+    * 1/2 (if there is no end mark) * 1/2 (if there is nothing but the given words)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import re
+from collections.abc import Sequence
+
+from pydantic import Field, model_validator
+
+from upturn._model import Strict
+from upturn.tasks._base import Split, Task
+from upturn.tasks._words import WORDS
+from upturn.types import Prompt, Score
+
+TEST_SHARE = 0.2
+"""Share of all word combinations that are kept for the test split, whatever the seed."""
+
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_ABBREVIATION = re.compile(r"\b(Mr|Mrs|Ms|Dr|St|[A-Z])\.(?=\s)")
+_CLOSED = r"[\"'”’)\]*]*"
+_END = re.compile(rf"[.!?…]+{_CLOSED}$")
+_BREAK = re.compile(
+    rf"""
+    \s*\n\s*                               # a new line begins a new sentence
+    | (?<=[.!?…])[\"'”’)\]]+\s+(?![a-z])   # "Stop!" He left.   (but not: "Stop!" he said.)
+    | (?<=[.!?…])\s+                       # Stop. he left.
+    | (?<=[a-z][.!?…]){_CLOSED}(?=[A-Z])   # Stop.He left.
+    """,
+    re.VERBOSE,
+)
+
+
+class Config(Strict):
+    """How the prompts are made."""
+
+    num_words: int = Field(3, ge=1, le=6)
+    """How many words must be used."""
+    max_words: int = Field(15, ge=2)
+    """The sentence's limit, in words."""
+    seed: int = 0
+    """Another seed gives other prompts; no seed moves a prompt text from one split to the other."""
+    refine_request: str = (
+        "Check your sentence: it must use all the given words, be one sentence, and stay within the "
+        "word limit. Write an improved sentence only."
+    )
+    """What the user says after a draft."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        if self.max_words <= self.num_words:
+            raise ValueError("max_words must be greater than num_words, or no sentence can be right.")
+        return self
+
+
+def load(cfg: Config) -> Task:
+    """The task; it holds no state."""
+    return Keywords(cfg)
+
+
+class Keywords:
+    """Prompts drawn by (seed, split, place)."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.refine_request = cfg.refine_request
+        self.max_new_tokens = 48
+
+    def prompts(self, split: Split, start: int, count: int) -> list[Prompt]:
+        """`count` prompts from place `start`; never fewer."""
+        return [self._prompt(split, place) for place in range(start, start + count)]
+
+    def grade(self, prompt: Prompt, answer: str) -> Score:
+        """Whether the answer is one sentence with all the words within the limit, and how far it got."""
+        asked = re.findall(r'"(\w+)"', prompt.text)
+        words = _WORD.findall(answer.lower())
+        if not words:
+            return Score(0.0, False, "empty")
+        missing = [word for word in asked if word not in words]
+        sentences = num_sentences(answer)
+        faults = {
+            f"missing: {', '.join(missing)}": 1 - len(missing) / max(1, len(asked)),
+            f"{sentences} sentences": 1 / sentences,
+            f"{len(words)} words": min(1.0, self.cfg.max_words / len(words)),
+            "no end mark": 1.0 if _END.search(answer.rstrip()) else 0.5,
+            "only a list": 1.0 if set(words) - set(asked) else 0.5,
+        }
+        value = math.prod(faults.values())
+        return Score(value, value == 1.0, "; ".join(fault for fault, factor in faults.items() if factor < 1))
+
+    def vote_key(self, prompt: Prompt, answer: str) -> str:
+        """The words in lower case, without punctuation."""
+        return " ".join(_WORD.findall(answer.lower()))
+
+    def _prompt(self, split: Split, place: int) -> Prompt:
+        rng = random.Random(f"{self.cfg.seed} {split} {place}")
+        words = rng.sample(WORDS, self.cfg.num_words)
+        while _split_of(words) != split:
+            words = rng.sample(WORDS, self.cfg.num_words)
+        text = f"Write one sentence of at most {self.cfg.max_words} words that uses the {_listed(words)}."
+        return Prompt(f"keywords-{split}-{self.cfg.seed}-{place}", text)
+
+
+def num_sentences(text: str) -> int:
+    """Sentences in a text; a piece without a word, such as a lone "...", is none."""
+    pieces = _BREAK.split(_ABBREVIATION.sub(r"\1", text.strip()))
+    return sum(1 for piece in pieces if _WORD.search(piece))
+
+
+def _split_of(words: Sequence[str]) -> Split:
+    """By the set of words, so that no reordering of a test prompt is trained on."""
+    digest = hashlib.sha256(" ".join(sorted(words)).encode()).digest()
+    return "test" if int.from_bytes(digest[:8]) < TEST_SHARE * 2**64 else "train"
+
+
+def _listed(words: Sequence[str]) -> str:
+    quoted = [f'"{word}"' for word in words]
+    if len(quoted) == 1:
+        return f"word {quoted[0]}"
+    return f"words {', '.join(quoted[:-1])} and {quoted[-1]}"

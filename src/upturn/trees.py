@@ -1,0 +1,156 @@
+"""Token trees: samples folded by their common prefixes, laid end to end, each token computed once.
+
+Axes: `T` tokens of the batch, `N` target tokens, `S` samples, `R` root trees.
+
+A token sees its ancestors and itself. With tokens in depth-first order and `end[k]` the first place after the
+subtree of token k (an Euler tour), `visible(q, k)  <=>  k <= q < end[k]`. The last shared token predicts another
+token for each child, so log-probs are gathered by predictor place and never by shifting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from upturn.types import Sample
+
+
+@dataclass(slots=True)
+class _Node:
+    ids: tuple[int, ...]
+    children: dict[int, _Node] = field(default_factory=dict)
+    """By the first id of the child."""
+    start: int = -1
+    """Flat place of the first id, once laid out."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTree:
+    """The layout of a batch. All tensors are int64 on one device."""
+
+    ids_T: Tensor
+    positions_T: Tensor
+    """Depth in the tree, for rotary embeddings; not the flat place."""
+    ends_T: Tensor
+    """First flat place after the token's subtree."""
+    predictors_N: Tensor
+    """Flat place whose hidden state predicts the target."""
+    targets_N: Tensor
+    """Id of the target token."""
+    owner_N: Tensor
+    """The sample each target token belongs to."""
+    num_samples: int
+    roots: tuple[tuple[int, int], ...]
+    """(first place, length) of each root tree: attention never leaves it."""
+    num_row_tokens: int
+    """Tokens of the same samples as separate rows: the logical size."""
+
+    def to(self, device: torch.device | str) -> TokenTree:
+        """The same layout on another device."""
+        moved = {
+            name: getattr(self, name).to(device)
+            for name in ("ids_T", "positions_T", "ends_T", "predictors_N", "targets_N", "owner_N")
+        }
+        return TokenTree(
+            **moved, num_samples=self.num_samples, roots=self.roots, num_row_tokens=self.num_row_tokens
+        )
+
+
+def build(samples: Sequence[Sample], *, share: bool = True) -> TokenTree:
+    """Fold samples into one batch.
+
+    `share=False` lays every sample out as a tree of its own (separate rows), for tests and benchmarks.
+    Raises ValueError for an empty context, since nothing could predict the first target token.
+    """
+    for place, sample in enumerate(samples):
+        if not sample.context:
+            raise ValueError(f"sample {place} has an empty context")
+    shared = _Node(())
+    above = [shared if share else _Node(()) for _ in samples]
+    for root, sample in zip(above, samples, strict=True):
+        _insert(root, sample.context + sample.target)
+    paths = [_path(root, s.context + s.target) for root, s in zip(above, samples, strict=True)]
+    top = [child for root in (above[:1] if share else above) for child in root.children.values()]
+    return _lay_out(samples, top, paths)
+
+
+def _insert(parent: _Node, ids: tuple[int, ...]) -> None:
+    """Add one row below `parent`, splitting nodes where the row leaves them."""
+    at = 0
+    while at < len(ids):
+        node = parent.children.get(ids[at])
+        if node is None:
+            parent.children[ids[at]] = _Node(ids[at:])
+            return
+        same = _common(node.ids, ids, at)
+        if same < len(node.ids):
+            rest = _Node(node.ids[same:], node.children)
+            node.ids, node.children = node.ids[:same], {rest.ids[0]: rest}
+        parent, at = node, at + same
+
+
+def _common(node_ids: tuple[int, ...], ids: tuple[int, ...], at: int) -> int:
+    limit = min(len(node_ids), len(ids) - at)
+    same = 0
+    while same < limit and node_ids[same] == ids[at + same]:
+        same += 1
+    return same
+
+
+def _path(root: _Node, ids: tuple[int, ...]) -> list[_Node]:
+    path, at, node = [], 0, root
+    while at < len(ids):
+        node = node.children[ids[at]]
+        path.append(node)
+        at += len(node.ids)
+    return path
+
+
+def _lay_out(samples: Sequence[Sample], top: list[_Node], paths: list[list[_Node]]) -> TokenTree:
+    ids: list[int] = []
+    positions: list[int] = []
+    ends: list[int] = []
+    roots: list[tuple[int, int]] = []
+    for root in top:
+        first = len(ids)
+        stack: list[tuple[_Node, int, bool]] = [(root, 0, True)]
+        while stack:
+            node, depth, entering = stack.pop()
+            if not entering:
+                ends[node.start : node.start + len(node.ids)] = [len(ids)] * len(node.ids)
+                continue
+            node.start = len(ids)
+            ids.extend(node.ids)
+            positions.extend(range(depth, depth + len(node.ids)))
+            ends.extend([0] * len(node.ids))
+            stack.append((node, depth, False))
+            stack.extend((child, depth + len(node.ids), True) for child in reversed(node.children.values()))
+        roots.append((first, len(ids) - first))
+    predictors, targets, owner = _gather(samples, paths)
+    return TokenTree(
+        torch.tensor(ids),
+        torch.tensor(positions),
+        torch.tensor(ends),
+        torch.tensor(predictors, dtype=torch.long),
+        torch.tensor(targets, dtype=torch.long),
+        torch.tensor(owner, dtype=torch.long),
+        num_samples=len(samples),
+        roots=tuple(roots),
+        num_row_tokens=sum(len(s.context) + len(s.target) for s in samples),
+    )
+
+
+def _gather(samples: Sequence[Sample], paths: list[list[_Node]]) -> tuple[list[int], list[int], list[int]]:
+    predictors: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
+    for index, (sample, path) in enumerate(zip(samples, paths, strict=True)):
+        places = [place for node in path for place in range(node.start, node.start + len(node.ids))]
+        first = len(sample.context)
+        predictors.extend(places[first - 1 : -1] if sample.target else [])
+        targets.extend(sample.target)
+        owner.extend([index] * len(sample.target))
+    return predictors, targets, owner
