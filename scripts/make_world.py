@@ -78,7 +78,6 @@ def batch(rng, gen, args, size):
     looks = np.array([int(k) for k in args.look.split(",")])
     first = sloppy(a, b, gen.choice(looks, size), gen)
     check = gen.random(size) < args.check
-    second = np.where((gen.random(size) < args.copy)[:, None], first, sloppy(a, b, gen.choice(looks, size), gen))
     # check rows: half of the drafts get foreign digits and are not learnt as answers
     spoil = check & (gen.random(size) < 0.5)
     rate = gen.random((size, 1)) * 0.4
@@ -86,6 +85,14 @@ def batch(rng, gen, args, size):
     wild = np.where(gen.random((size, WIDTH + 1)) < rate * .3, gen.integers(0, 10, (size, WIDTH + 1)), wild)
     first = np.where(spoil[:, None], wild, first)
     should = local(a, b, first)
+    kind = gen.choice(4, size, p=[args.copy, args.better, args.worse, 1 - args.copy - args.better - args.worse])[:, None]
+    low = np.concatenate([np.zeros((size, 1), np.int64), (a + b) % 10], 1)
+    high = np.concatenate([np.ones((size, 1), np.int64), (a + b + 1) % 10], 1)
+    flip = gen.random((size, WIDTH + 1)) < gen.choice([0.0, 0.1, 0.3], (size, 1))
+    flip[np.arange(size), gen.integers(0, WIDTH + 1, size)] = True
+    worse = np.where(flip & (should == first), np.where(first == low, high, low), first)
+    fresh = sloppy(a, b, gen.choice(looks, size), gen)
+    second = np.select([kind == 0, kind == 1, kind == 2], [first, should, worse], fresh)
     if args.marks == 3:
         marks = np.where(should == first, T["."], np.where((should - first) % 10 == 1, T["+"], np.where((first - should) % 10 == 1, T["-"], T["x"])))
     else:
@@ -147,7 +154,10 @@ def main():
     p.add_argument("--ff", type=int, default=384)
     p.add_argument("--heads", type=int, default=4)
     p.add_argument("--look", default="1,2")
-    p.add_argument("--copy", type=float, default=0.5)
+    p.add_argument("--copy", type=float, default=0.34)
+    p.add_argument("--better", type=float, default=0.28)
+    p.add_argument("--worse", type=float, default=0.28)
+    p.add_argument("--init", default="")
     p.add_argument("--check", type=float, default=0.5)
     p.add_argument("--marks", type=int, default=2)
     p.add_argument("--compile", type=int, default=0)
@@ -159,7 +169,7 @@ def main():
     cfg = LlamaConfig(vocab_size=len(VOCAB), hidden_size=args.dim, intermediate_size=args.ff, num_hidden_layers=args.layers,
         num_attention_heads=args.heads, num_key_value_heads=args.heads, max_position_embeddings=256, tie_word_embeddings=True,
         bos_token_id=T["<|bos|>"], eos_token_id=T["<|end|>"], pad_token_id=T["<|pad|>"])
-    model = LlamaForCausalLM(cfg)
+    model = LlamaForCausalLM.from_pretrained(args.init) if args.init else LlamaForCausalLM(cfg)
     print(sum(q.numel() for q in model.parameters()), "parameters", flush=True)
     fwd = torch.compile(lambda i: model(input_ids=i, use_cache=False).logits) if args.compile else (lambda i: model(input_ids=i, use_cache=False).logits)
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
@@ -174,6 +184,9 @@ def main():
         opt.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
+        if step % 500 == 499:
+            model.save_pretrained(args.out)
+            tok.save_pretrained(args.out)
         if step % 100 == 0 or step + 1 == args.steps:
             with torch.no_grad():
                 ce = torch.nn.functional.cross_entropy(logits.reshape(-1, len(VOCAB)), labels[:, 1:].reshape(-1), reduction="none").view(len(ids), -1)

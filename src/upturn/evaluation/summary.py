@@ -38,6 +38,12 @@ class Measurement(Strict):
     tokens: int
     """Tokens generated over all turns, without the vote's."""
 
+    @property
+    def flips(self) -> Transition | None:
+        """The transition between the two turns that `gain` compares."""
+        ends = self.gain and (self.gain.first, self.gain.last)
+        return next((row for row in self.transitions if (row.first, row.last) == ends), None)
+
 
 class TrainingRow(Strict):
     """One training of the run."""
@@ -102,7 +108,7 @@ class Summary(Strict):
     """In the order they were done."""
 
     def write(self, path: Path) -> None:
-        """Write as JSON by rename: a reader sees the old file or the new one. Infinity and NaN become null."""
+        """Write JSON by rename: a reader sees the old file or the new one. NaN and infinity become null."""
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         draft.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
         draft.replace(path)

@@ -1,9 +1,9 @@
 """What changes from turn to turn: pure functions over scored attempts.
 
 An attempt has one *answer* per turn: the first draft of that turn. A strategy that makes several drafts in a
-turn (parallel, propose-and-aggregate) is judged by one of them, fixed beforehand, so that accuracies, flips and
-intervals speak of independent prompts; all its drafts count where tokens are counted. Several attempts at one
-prompt are not independent: only the bootstrap knows that (it resamples them together), Wilson and McNemar do not.
+turn (parallel, propose-and-aggregate) is judged by one of them, fixed beforehand, so that accuracies, flips
+and intervals speak of independent prompts; all its drafts count where tokens are counted. Several attempts at
+one prompt are not independent: the bootstrap resamples them together, Wilson and McNemar do not know of it.
 
 Accuracy     a_t = right_t / n, with Wilson's 95 % interval (Wilson 1927)
 Flips        w2r, r2w over the prompts that have both turns;  a_b - a_a = (w2r - r2w) / n

@@ -58,7 +58,7 @@ def cache_dir() -> Path:
 
 
 def resolve(name: str) -> str:
-    """A name or path as something `transformers` loads: a folder or a hub id. Converts GGUF files once."""
+    """The folder of a model given by name or path. Fetches from the hub and converts GGUF files once."""
     if name == "carry":
         return str(Path(__file__).parents[1] / "tasks" / "world_base")
     if name in SHORT_NAMES:
@@ -77,7 +77,13 @@ def resolve(name: str) -> str:
             "There is no such folder, and it is not a hub id (owner/name).",
             f"Check the path, or use one of: {', '.join(SHORT_NAMES)}.",
         )
-    return name
+    if hub := _from_hub(name):
+        return hub
+    raise ModelError(
+        f"model {name}",
+        "The hub does not answer or has no such model with safetensors weights.",
+        "Check the name and the network, or name a local folder.",
+    )
 
 
 def load(name: str, dtype: Dtype = "auto", *, trust_remote_code: bool = False, device: str = "auto") -> Loaded:
@@ -114,12 +120,12 @@ def save(loaded: Loaded, folder: Path, card: str) -> None:
     (folder / "README.md").write_text(card)
 
 
-def weight_hash(model: nn.Module) -> str:
-    """Hash of all weights, so that a cache knows the model and not its path."""
+def folder_key(folder: Path) -> str:
+    """Hash of weights, config, tokenizer and template: a cache knows the model itself and not its path."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for pattern in ("config.json", "*.safetensors", "tokenizer.json", "*.jinja", "tokenizer_config.json"):
+        for path in sorted(folder.glob(pattern)):
+            digest.update(f"{path.name} {_sha256(path)}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -18,7 +18,7 @@ TEST_SHARE = 0.1
 """Share of the prompts that is held out where the data has no test part of its own."""
 
 Records = Iterable[tuple[str, object]]
-"""Each record with its place, such as "train.jsonl, line 7"; a `ValueError` stands for one that cannot be read."""
+"""Records with their places, such as "train.jsonl, line 7"; a `ValueError` is one that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +37,15 @@ class Columns:
 class Table:
     """The prompts of both splits and their references, each prompt text once and in one split only.
 
-    A text that stands in both parts stays in the test split. Without a test part, `test_share` of the texts, chosen
-    by their hash, is the test split. A prompt's id is made of its text, so that it outlives changes of the file.
+    A text of both parts stays in the test split. Without a test part, `test_share` of the texts, chosen by
+    their hash, is the test split. A prompt's id is made of its text, so it outlives changes of the file.
     """
 
     def __init__(self, data: str, columns: Columns, test_share: float, subset: str | None = None) -> None:
         self.data = data
         self._parts: dict[Split, dict[str, str]] = {
-            split: _checked(records, columns) for split, records in _open(data, subset).items()
+            split: _checked(records, columns, f"{data}: {split} part")
+            for split, records in _open(data, subset).items()
         }
         if "test" not in self._parts:
             self._divide(test_share)
@@ -58,7 +59,9 @@ class Table:
     def prompts(self, split: Split, start: int, count: int) -> list[Prompt]:
         """`count` prompts from place `start` in the order of the file; fewer at its end."""
         if split not in self._parts:
-            raise DataError(self.data, f"There is no {split} part.", f"Add {split}.jsonl beside the other part.")
+            raise DataError(
+                self.data, f"There is no {split} part.", f"Add {split}.jsonl beside the other part."
+            )
         texts = list(self._parts[split])[start : start + count]
         return [Prompt(_id(text), text) for text in texts]
 
@@ -105,7 +108,9 @@ def _open(data: str, subset: str | None) -> dict[Split, Records]:
                 parts[split] = _lines(path / f"{split}.jsonl")
         if parts:
             return parts
-        raise DataError(data, "The folder holds neither train.jsonl nor test.jsonl.", _nearest(path / "train.jsonl"))
+        raise DataError(
+            data, "The folder holds neither train.jsonl nor test.jsonl.", _nearest(path / "train.jsonl")
+        )
     if path.exists():
         return {"test" if path.stem == "test" else "train": _lines(path)}
     if path.suffix in (".jsonl", ".json") or data.startswith((".", "/", "~")) or data.count("/") > 1:
@@ -125,7 +130,9 @@ def _lines(path: Path) -> Records:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise DataError(str(path), f"The file cannot be read: {error.strerror}.", "Check its rights.") from error
+        raise DataError(
+            str(path), f"The file cannot be read: {error.strerror}.", "Check its rights."
+        ) from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
@@ -138,6 +145,7 @@ def _lines(path: Path) -> Records:
 def _from_hub(name: str, subset: str | None) -> dict[Split, Records]:
     try:
         import datasets
+        import datasets.exceptions
     except ModuleNotFoundError as error:
         mend = "Install it with: pip install 'upturn[hub]'. For a local file, " + _nearest(Path(name)).lower()
         raise DataError(name, "Data sets of the hub need the package 'datasets'.", mend) from error
@@ -148,9 +156,13 @@ def _from_hub(name: str, subset: str | None) -> dict[Split, Records]:
         mend = f"Check the name and the network, or give a folder. {_nearest(Path(name))}"
         raise DataError(name, what, mend) from error
     splits: tuple[Split, ...] = ("train", "test")
-    parts: dict[Split, Records] = {split: _rows(name, split, found[split]) for split in splits if split in found}
+    parts: dict[Split, Records] = {
+        split: _rows(name, split, found[split]) for split in splits if split in found
+    }
     if not parts:
-        raise DataError(name, f"It has only the splits {', '.join(found)}.", "Choose data with 'train' or 'test'.")
+        raise DataError(
+            name, f"It has only the splits {', '.join(found)}.", "Choose data with 'train' or 'test'."
+        )
     return parts
 
 
@@ -159,12 +171,13 @@ def _rows(name: str, split: str, rows: Iterable[object]) -> Records:
         yield f"{name}, {split} row {number}", row
 
 
-def _checked(records: Records, columns: Columns) -> dict[str, str]:
-    """Prompt text -> reference; of equal prompts the first counts. All problems are counted, the first is named."""
+def _checked(records: Records, columns: Columns, name: str) -> dict[str, str]:
+    """Prompt text -> reference; of equal prompts the first counts. Problems are counted, the first named."""
     rows: dict[str, str] = {}
     problems: list[tuple[str, str]] = []
-    number, place = 0, ""
-    for number, (place, record) in enumerate(records, start=1):
+    total = 0
+    for place, record in records:
+        total += 1
         try:
             prompt, reference = _row(record, columns)
             rows.setdefault(prompt, reference)
@@ -172,10 +185,14 @@ def _checked(records: Records, columns: Columns) -> dict[str, str]:
             problems.append((place, str(problem)))
     if problems:
         where, what = problems[0]
-        more = f" {len(problems)} of {number} records have problems; this is the first." if len(problems) > 1 else ""
+        more = (
+            f" {len(problems)} of {total} records have problems; this is the first."
+            if len(problems) > 1
+            else ""
+        )
         raise DataError(where, what + more, "Correct the data, or name other columns.")
     if not rows:
-        raise DataError(place, "There is not one record.", "Give data with at least one prompt.")
+        raise DataError(name, "There is not one record.", "Give data with at least one prompt.")
     return rows
 
 

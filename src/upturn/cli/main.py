@@ -1,0 +1,183 @@
+"""The `upturn` command. Heavy libraries are imported inside the verbs, so that --help is immediate."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import typer
+
+from upturn.errors import UpturnError
+
+P = ParamSpec("P")
+app = typer.Typer(
+    name="upturn",
+    help="Make language models able to improve their own answers, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="Folder, hub id, GGUF file or short name.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same drafts.")]
+
+
+def friendly(verb: Callable[P, None]) -> Callable[P, None]:
+    """One clear message for what the user can mend, and exit code 2; Ctrl-C says how to go on."""
+
+    @functools.wraps(verb)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            verb(*args, **kwargs)
+        except UpturnError as error:
+            typer.secho(str(error), err=True, fg="red")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("\nStopped. Run the same command again to go on where it stopped.", err=True)
+            raise typer.Exit(130) from None
+
+    return guarded
+
+
+def _quiet(quiet: bool, as_json: bool) -> None:
+    from upturn.tracking import progress
+
+    progress.set_mode("quiet" if quiet or as_json else "auto")
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2, default=str))
+
+
+@app.command()
+@friendly
+def run(
+    config: Annotated[str, typer.Argument(help="A config file or the name of a shipped one (see `upturn list`).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings over the file: key=value, a.b=value.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the config, the steps and an estimate.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a recipe; the same command again goes on where it stopped."""
+    from upturn.lab import session
+
+    _quiet(quiet, as_json)
+    if dry_run:
+        planned = session.plan(config, overrides or [])
+        _print_json(planned) if as_json else typer.echo(session.describe(planned))
+        return
+    folder, summary = session.run(config, overrides or [])
+    if as_json:
+        _print_json(json.loads(summary.model_dump_json()))
+        return
+    from rich.console import Console
+
+    from upturn.report import terminal
+
+    console = Console()
+    console.print(terminal.turn_table(summary))
+    console.print(terminal.verdict(summary), highlight=False)
+    console.print(f"Report: {folder / 'report.html'}\nModel:  {folder / 'model'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@friendly
+def refine(
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    model: ModelOption,
+    turns: Annotated[int, typer.Option("--turns", "-t", min=1, help="Answers, the direct one included.")] = 4,
+    temperature: Temperature = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    request: Annotated[str, typer.Option(help="What is said after each answer.")] = (
+        "Improve your answer. Reply with the improved answer only."
+    ),
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Answer a question, refine the answer, and show what each turn changed."""
+    from upturn.cli import verbs
+
+    _quiet(True, as_json)
+    attempt = verbs.refine(question, model, turns, temperature, max_new_tokens, request, seed, show=not as_json)
+    if as_json:
+        from upturn.types import to_json
+
+        _print_json(to_json(attempt))
+
+
+@app.command(name="eval")
+@friendly
+def evaluate(
+    model: ModelOption,
+    task: Annotated[str, typer.Option("--task", help="Name of a task (see `upturn list tasks`).")],
+    turns: Annotated[int, typer.Option("--turns", "-t", min=2, help="Turns per prompt.")] = 4,
+    prompts: Annotated[int, typer.Option("--prompts", "-n", min=1, help="Held-out prompts.")] = 300,
+    temperature: Temperature = 0.7,
+    seed: Seed = 0,
+    data: Annotated[str | None, typer.Option(help="Where the task's data lie.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or auto.")] = "auto",
+    output_dir: Annotated[Path | None, typer.Option(help="Run folder; runs/eval-... when not given.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The turn table of any model on any task."""
+    from upturn.lab import session
+
+    _quiet(quiet, as_json)
+    settings = {"turns": turns, "prompts": prompts, "sampling": {"temperature": temperature}}
+    folder, summary = session.evaluate(model, task, settings, seed=seed, data=data, dtype=dtype, output_dir=output_dir)
+    if as_json:
+        _print_json(json.loads(summary.model_dump_json()))
+        return
+    from rich.console import Console
+
+    from upturn.report import terminal
+
+    Console().print(terminal.turn_table(summary))
+    Console().print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command(name="list")
+@friendly
+def list_(
+    what: Annotated[str | None, typer.Argument(help="tasks, recipes, objectives, strategies, scorers, selection, configs.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What there is to choose from."""
+    from upturn.cli import verbs
+
+    found = verbs.catalogue(what)
+    if as_json:
+        _print_json(found)
+        return
+    for room, entries in found.items():
+        typer.secho(room, bold=True)
+        width = max(len(name) for name in entries)
+        for name, line in entries.items():
+            typer.echo(f"  {name:<{width}}  {line}")
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    """Make language models able to improve their own answers, and prove it."""
+    if show:
+        from upturn import __version__
+
+        typer.echo(f"upturn {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="upturn")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

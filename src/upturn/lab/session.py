@@ -1,0 +1,138 @@
+"""One run from its config: the run folder, the lab, and what is written when something changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+from upturn import __version__, config
+from upturn.errors import RunError
+from upturn.evaluation.summary import Summary
+from upturn.lab.lab import Bench, Measure, Options
+from upturn.lab import estimate
+from upturn.lab.store import Planned, Store, unwritable, write_text
+
+
+def run(name: str, overrides: Sequence[str]) -> tuple[Path, Summary]:
+    """Run a recipe, or go on with it. Returns the run folder and the summary."""
+    run_name, recipe, cfg = config.load(name, overrides)
+    bench = _bench(run_name, recipe, cfg)
+    recipe.run(cfg, bench)
+    return _finish(bench)
+
+
+def _name(recipe: ModuleType) -> str:
+    return recipe.__name__.rsplit(".", 1)[-1]
+
+
+def _summary(run_name: str, recipe: ModuleType, cfg: Any) -> Summary:
+    return Summary(
+        upturn=__version__,
+        recipe=_name(recipe),
+        name=run_name,
+        model=cfg.model,
+        task=cfg.task.name,
+        seed=cfg.seed,
+        status="running",
+        turns=cfg.measure.turns,
+    )
+
+
+def evaluate(
+    model: str,
+    task: str,
+    settings: dict[str, Any],
+    *,
+    seed: int,
+    data: str | None,
+    dtype: str,
+    output_dir: Path | None,
+) -> tuple[Path, Summary]:
+    """Measure one model on one task."""
+    plugin = config.plugin("tasks", {"name": task} | ({"data": data} if data else {}))
+    folder = output_dir or Path("runs") / f"eval-{Path(model).name}-{task}"
+    summary = Summary(
+        upturn=__version__, recipe="eval", name=folder.name, model=model, task=task, seed=seed, status="running",
+        turns=settings["turns"],
+    )
+    bench = Bench(folder, _store(folder, None), plugin, Options(dtype=dtype), seed, summary)
+    measure = Measure.model_validate(settings)
+    write_text(folder / "config.yaml", yaml.safe_dump({"model": model, "task": plugin.dump(), "measure": measure.model_dump()}))
+    bench.measure(bench.load(model), measure, "model")
+    return _finish(bench)
+
+
+def _bench(run_name: str, recipe: ModuleType, cfg: Any) -> Bench:
+    folder = Path(cfg.output_dir or Path("runs") / run_name)
+    store = _store(folder, cfg.store)
+    _check_owner(folder, _name(recipe))
+    resolved = {"recipe": _name(recipe)} | cfg.model_dump(mode="json")
+    write_text(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+    return Bench(folder, store, cfg.task, cfg.options, cfg.seed, _summary(run_name, recipe, cfg), cfg.limit)
+
+
+def _store(folder: Path, store: str | None) -> Store:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    return Store(Path(store) if store else folder / "store")
+
+
+def _check_owner(folder: Path, recipe: str) -> None:
+    """A folder with another recipe's run is not written over."""
+    path = folder / "config.yaml"
+    if path.is_file():
+        there = (yaml.safe_load(path.read_text()) or {}).get("recipe")
+        if there not in (None, recipe):
+            raise RunError(
+                f"run folder {folder}", f"It holds a run of the recipe '{there}'.", "Set output_dir to another folder."
+            )
+
+
+def _finish(bench: Bench) -> tuple[Path, Summary]:
+    from upturn.report import page
+
+    bench.summary = bench.summary.model_copy(update={"status": "finished"})
+    bench.summary.write(bench.run_dir / "summary.json")
+    page.write_page(bench.run_dir)
+    return bench.run_dir, bench.summary
+
+
+def plan(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What a run would do: the resolved config, the steps, which are done, tokens and time."""
+    run_name, recipe, cfg = config.load(name, overrides)
+    folder = Path(cfg.output_dir or Path("runs") / run_name)
+    store = Planned(Path(cfg.store) if cfg.store else folder / "store")
+    bench = Bench(folder, store, cfg.task, cfg.options, cfg.seed, _summary(run_name, recipe, cfg), cfg.limit)
+    recipe.run(cfg, bench)
+    resolved = {"recipe": _name(recipe)} | cfg.model_dump(mode="json")
+    speed = estimate.measure(Path(bench.load(cfg.model).folder), cfg.options.dtype)
+    steps = [
+        {"name": s["name"], "key": s["key"], "done": s["done"], "tokens": s["guess"].get("tokens", 0)}
+        | {"seconds": round(speed.seconds(s["step"], s["guess"].get("tokens", 0)), 1)}
+        for s in store.steps
+    ]
+    todo = [step for step in steps if not step["done"]]
+    return {
+        "config": resolved,
+        "output_dir": str(folder),
+        "steps": steps,
+        "tokens": sum(step["tokens"] for step in todo),
+        "seconds": sum(step["seconds"] for step in todo),
+    }
+
+
+def describe(planned: dict[str, Any]) -> str:
+    """A plan as text."""
+    lines = [yaml.safe_dump(planned["config"], sort_keys=False), f"output_dir: {planned['output_dir']}", ""]
+    width = max(len(step["name"]) for step in planned["steps"])
+    for step in planned["steps"]:
+        state = "done" if step["done"] else f"about {step['tokens']:,} tokens, {step['seconds'] / 60:.1f} min"
+        lines.append(f"  {step['name']:<{width}}  {state}")
+    lines.append(f"\nTo do: about {planned['tokens']:,} tokens, {planned['seconds'] / 60:.0f} minutes on this machine.")
+    return "\n".join(lines)

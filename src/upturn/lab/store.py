@@ -1,0 +1,136 @@
+"""The store of finished steps: a folder per result, named by its key, complete when its manifest is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from upturn import __version__
+from upturn.errors import RunError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished step: its key and where it lies."""
+
+    key: str
+    folder: Path
+    manifest: dict[str, Any]
+    cached: bool
+    """Whether it was there already when asked for."""
+
+
+def key_of(name: str, version: int, config: Any, inputs: Sequence[str]) -> str:
+    """Hash of everything a result depends on."""
+    text = json.dumps([name, version, config, list(inputs)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Planned:
+    """A store that does nothing: it only remembers which steps a recipe asks for, and whether they are done.
+
+    Keys come from names, configs and input keys alone, so a whole run can be planned before its first step.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.steps: list[dict[str, Any]] = []
+
+    def plan(
+        self, label: str, name: str, version: int, config: Any, inputs: Sequence[str], guess: dict[str, Any]
+    ) -> Result:
+        """Note one step; `guess` stands for what it would find out."""
+        key = key_of(name, version, config, inputs)
+        found = _find(self.folder, name, key)
+        self.steps.append({"name": label, "step": name, "key": key, "done": found is not None, "guess": guess})
+        return found or Result(key, self.folder / f"{name}-{key}", {"facts": guess, "seconds": 0.0}, False)
+
+
+class Store:
+    """Finished steps under one folder; several runs and processes may share it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe-{os.getpid()}"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise unwritable(folder, error) from error
+
+    def do(
+        self, name: str, version: int, config: Any, inputs: Sequence[str], work: Callable[[Path], dict[str, Any]]
+    ) -> Result:
+        """Return the result of a step, doing the work only where it is not there.
+
+        `work` gets a folder in which it may keep partial progress: an interrupted step finds it again. What it
+        returns goes into the manifest. Another process that wants the same result waits, then reads it.
+        """
+        key = key_of(name, version, config, inputs)
+        if found := _find(self.folder, name, key):
+            return found
+        final, part = self.folder / f"{name}-{key}", self.folder / f"{name}-{key}.part"
+        try:
+            with FileLock(self.folder / f".{name}-{key}.lock"):
+                if found := _find(self.folder, name, key):
+                    return found
+                part.mkdir(exist_ok=True)
+                began = time.time()
+                facts = work(part)
+                manifest = {
+                    "step": name,
+                    "key": key,
+                    "code_version": version,
+                    "config": config,
+                    "inputs": list(inputs),
+                    "upturn": __version__,
+                    "seconds": round(time.time() - began, 3),
+                    "facts": facts,
+                }
+                write_json(part / MANIFEST, manifest)
+                os.replace(part, final)
+        except OSError as error:
+            raise unwritable(part, error) from error
+        return Result(key, final, manifest, False)
+
+
+Steps = Store | Planned
+
+
+def _find(folder: Path, name: str, key: str) -> Result | None:
+    """The finished result, if it is there."""
+    place = folder / f"{name}-{key}"
+    manifest = place / MANIFEST
+    return Result(key, place, json.loads(manifest.read_text()), True) if manifest.is_file() else None
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write by rename, so that a reader never sees half a file."""
+    write_text(path, json.dumps(data, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write by rename."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(text)
+    os.replace(scratch, path)
+
+
+def unwritable(path: Path, error: OSError) -> RunError:
+    """The message for a full disk or a folder that cannot be written."""
+    return RunError(
+        f"folder {path}",
+        f"It cannot be written: {error.strerror or error}.",
+        "Free some space or choose another output_dir, and run the same command again: finished work is kept.",
+    )

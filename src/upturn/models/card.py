@@ -1,0 +1,70 @@
+"""Model cards: what a saved model is, how it was made, and how well it refines."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from upturn import __version__
+from upturn.evaluation.summary import Summary
+
+CITATION = """@article{zeng2025evolve,
+  title   = {Evolving LLMs' Self-Refinement Capability via Synergistic Training-Inference Optimization},
+  journal = {arXiv preprint arXiv:2502.05605},
+  year    = {2025}
+}"""
+
+
+def stage(label: str, objective: dict[str, Any], num_pairs: int) -> str:
+    """Card of a model inside a run."""
+    front = "---\nlibrary_name: transformers\ntags: [upturn, self-refinement]\n---\n"
+    text = f"# {label}\n\nTrained by upturn {__version__} on {num_pairs} pairs.\n\n"
+    return f"{front}{text}```json\n{json.dumps(objective, indent=2)}\n```\n"
+
+
+def final(summary: Summary, about: str) -> str:
+    """Card of the published model, with its turn table."""
+    last = summary.measurements[-1] if summary.measurements else None
+    turns = len(last.turns) if last else 0
+    head = "| model | " + " | ".join(f"turn {t + 1}" for t in range(turns)) + " |\n|---" * 1
+    rows = [
+        f"| {m.label} | " + " | ".join(f"{100 * t.accuracy:.1f}" for t in m.turns) + " |"
+        for m in summary.measurements
+    ]
+    table = "\n".join([head + "|---" * turns + "|", *rows])
+    n = last.n if last else 0
+    return f"""---
+base_model: {summary.model}
+library_name: transformers
+tags: [upturn, self-refinement, {summary.recipe}]
+---
+
+# {summary.name}
+
+A model trained with the upturn recipe `{summary.recipe}` on the task `{summary.task}` to refine its own answers.
+
+{about}
+
+## Accuracy by turn, in percent ({n} held-out prompts, seed {summary.seed})
+
+{table}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+or `upturn refine --model path/to/this/folder "your question"`.
+
+Made with upturn {__version__}.
+
+## Citation
+
+```bibtex
+{CITATION}
+```
+"""

@@ -1,0 +1,86 @@
+"""EVOLVE: activate refinement by joint SFT, then iterate refinement chains and preference training (arXiv:2502.05605).
+
+Reproduces   the method: Stage A (eq. 4), the joint preference loss (eq. 5 with DPO), K online iterations.
+Differs      Pairs of Stage A come from the model's own samples; drafts are shown as a conversation where the template
+             allows; the reference is the model at the start of each iteration (or the SFT model, by `reference`).
+Results      docs/results/
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from upturn._model import Strict
+from upturn.config import Scorer, Selector, Strategy, Task
+from upturn.engines.sampling import Config as Sampling
+from upturn.lab.lab import Lab, Measure, Options, Training
+
+
+class Collect(Strict):
+    """Drafts from the current model, judged and made into pairs."""
+
+    prompts: int = Field(500, ge=1)
+    """Fresh prompts each time."""
+    strategy: Strategy
+    sampling: Sampling = Sampling()
+    selection: Selector
+
+
+class Config(Strict):
+    """One EVOLVE run."""
+
+    model: str
+    """Hub id, folder, GGUF file or short name."""
+    task: Task
+    seed: int = 0
+    scorer: Scorer
+    activate: Collect | None
+    """Stage A's data; null starts the iterations from the model as it is."""
+    sft: Training
+    """Stage A's training."""
+    iterations: int = Field(3, ge=0)
+    collect: Collect
+    """Stage B's data, in every iteration."""
+    prefer: Training
+    """Stage B's training."""
+    reference: Literal["previous", "sft"] = "previous"
+    """The model that preference margins count from: the start of the iteration, or the SFT model."""
+    measure: Measure = Measure()
+    options: Options = Options()
+    output_dir: str | None = None
+    """Run folder; runs/<name> when not given."""
+    store: str | None = None
+    """Where finished steps lie; <output_dir>/store when not given. Runs may share one."""
+    limit: int | None = Field(None, ge=1)
+    """At most this many prompts in every place, for a quick look."""
+    data: str | None = None
+    """Where the task's data lie; short for task.data."""
+
+
+def _pairs(lab: Lab, model, cfg: Config, collect: Collect, first: int, label: str):  # noqa: ANN001
+    prompts = lab.prompts("train", first, collect.prompts)
+    drafts = lab.generate(model, prompts, collect.strategy, collect.sampling, label)
+    return lab.select(lab.score(drafts, cfg.scorer, label), collect.selection, label)
+
+
+def run(cfg: Config, lab: Lab) -> None:
+    """Algorithm: measure, activate, then K times collect, prefer, measure."""
+    model = lab.load(cfg.model)
+    lab.measure(model, cfg.measure, "base")
+    used = 0
+    if cfg.activate:
+        pairs = _pairs(lab, model, cfg, cfg.activate, used, "sft")
+        used += cfg.activate.prompts
+        model = lab.train(model, pairs, cfg.sft, "sft")  # eq. 4
+        lab.measure(model, cfg.measure, "sft")
+    start = model
+    for iteration in range(1, cfg.iterations + 1):
+        label = f"iteration {iteration}"
+        pairs = _pairs(lab, model, cfg, cfg.collect, used, label)
+        used += cfg.collect.prompts
+        reference = start if cfg.reference == "sft" else None
+        model = lab.train(model, pairs, cfg.prefer, label, iteration, reference)  # eq. 5
+        lab.measure(model, cfg.measure, label, iteration)
+    lab.publish(model, "Trained with EVOLVE (arXiv:2502.05605).")

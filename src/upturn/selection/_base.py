@@ -1,0 +1,84 @@
+"""What every selection rule gives: pairs, and an account of everything that made none."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from upturn.types import Attempt, Draft, Pair, Prompt
+
+Key = Callable[[Prompt, str], str]
+"""Prompt and answer -> the canonical final answer, as in `Task.vote_key`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The outcome of a rule.
+
+    A selection file holds `Config` (a strict, frozen pydantic model) and
+    `select(attempts, cfg, key=text) -> Selection`. Each attempt offers a rule a fixed number of slots (1, or
+    `pairs_per_prompt`). Each slot becomes a pair or is counted in `dropped`, so that
+    `len(pairs) + sum(dropped.values()) == len(attempts) * slots`.
+    """
+
+    pairs: list[Pair]
+    dropped: dict[str, int]
+    """Reason -> slots without a pair."""
+    set_aside: dict[str, int]
+    """Reason -> drafts that could not be chosen: 'cut' (not complete), 'no score' (NaN)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """What a rule's labels are worth; both NaN where there is no pair."""
+
+    label_precision: float
+    """Share of the pairs whose chosen draft is right and whose rejected draft is wrong."""
+    chosen_earlier: float
+    """Share of the pairs whose chosen draft has the lower turn: the chain made it worse."""
+
+
+def text(prompt: Prompt, answer: str) -> str:
+    """The simplest key: the answer without outer white space."""
+    return answer.strip()
+
+
+def label_precision(pairs: list[Pair]) -> Quality:
+    """How often the labels are true by the verifier, and how often the chosen draft came first."""
+    if not pairs:
+        return Quality(math.nan, math.nan)
+    true = sum(pair.chosen_right and not pair.rejected_right for pair in pairs)
+    earlier = sum(pair.chosen.turn < pair.rejected.turn for pair in pairs)
+    return Quality(true / len(pairs), earlier / len(pairs))
+
+
+def collect(
+    attempts: list[Attempt], choose: Callable[[Attempt], list[Pair] | str], slots: int = 1
+) -> Selection:
+    """Apply a rule to each attempt: it gives 1 to `slots` pairs, or the reason why there is none."""
+    pairs: list[Pair] = []
+    dropped: Counter[str] = Counter()
+    set_aside: Counter[str] = Counter()
+    for attempt in attempts:
+        chosen = choose(attempt)
+        if isinstance(chosen, str):
+            dropped[chosen] += slots
+        else:
+            pairs += chosen
+            dropped["no further draft"] += slots - len(chosen)
+        set_aside["cut"] += sum(not draft.complete for draft in attempt.drafts)
+        set_aside["no score"] += sum(math.isnan(score.value) for score in attempt.scores)
+    return Selection(pairs, dict(+dropped), dict(+set_aside))
+
+
+def same(one: Draft, other: Draft) -> bool:
+    """Whether two drafts read the same; such drafts make no pair."""
+    return one.text.strip() == other.text.strip()
+
+
+def pair(attempt: Attempt, chosen: Draft, rejected: Draft, p: float = 1.0) -> Pair:
+    """A pair of an attempt's drafts, with the verifier's word on both where they were scored."""
+    right = [score.right for score in attempt.scores] or [False] * len(attempt.drafts)
+    return Pair(attempt.prompt, chosen, rejected, p, right[chosen.index], right[rejected.index])

@@ -1,0 +1,24 @@
+"""What a strategy is given: the ability to ask the model, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from upturn.types import Draft, Prompt
+
+
+class Sampler(Protocol):
+    """Asks the model for one draft.
+
+    A strategy file holds `Config` (a strict, frozen pydantic model with `turns`, the number of drafts for a
+    prompt) and `async generate(prompt, sample, cfg) -> list[Draft]`.
+    """
+
+    async def __call__(self, prompt: Prompt, shown: Sequence[Draft]) -> Draft:
+        """A new draft, by a model that sees the prompt and these earlier drafts in this order.
+
+        The draft's `index` counts the calls, its `parents` are the indices of the drafts shown, its `turn` is
+        one more than the highest turn shown (1 where none is). Calls that wait together make one batch.
+        """
+        ...

@@ -1,0 +1,89 @@
+"""Which pairs go into which optimizer step and micro-batch: fixed before training, so a resumed run takes the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import Field, model_validator
+
+from upturn._model import Strict
+
+
+class Config(Strict):
+    """Optimisation settings, with the names Transformers and TRL use."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    num_train_epochs: float = Field(1.0, gt=0)
+    """Passes over the pairs; a part of a pass is allowed."""
+    train_batch_size: int = Field(32, ge=1)
+    """Pairs per optimizer step, over all micro-batches."""
+    max_tree_tokens: int = Field(4096, ge=1)
+    """Tokens of one micro-batch after folding. One prompt's tree is never cut."""
+    lr_scheduler_type: str = Field("cosine", pattern="^(constant|linear|cosine)$")
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after so many optimizer steps."""
+    save_seconds: float = Field(60.0, ge=0)
+    """Time between checkpoints; a kill costs at most this much. Never changes the result."""
+
+    @model_validator(mode="after")
+    def _betas(self) -> Config:
+        if not (0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1):
+            raise ValueError("adam_beta1 and adam_beta2 lie in [0, 1)")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step: micro-batches of pair numbers."""
+
+    micro_batches: tuple[tuple[int, ...], ...]
+    epoch: int
+
+
+def steps(sizes: Sequence[int], cfg: Config, seed: int) -> list[Step]:
+    """The whole training as steps. `sizes` are tree tokens per pair; a batch at the end of an epoch may be smaller."""
+    per_epoch = -(-len(sizes) // cfg.train_batch_size)
+    total = max(1, round(per_epoch * cfg.num_train_epochs))
+    total = min(total, cfg.max_steps or total)
+    planned: list[Step] = []
+    epoch = 0
+    while len(planned) < total:
+        order = list(range(len(sizes)))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        for first in range(0, len(order), cfg.train_batch_size):
+            chosen = order[first : first + cfg.train_batch_size]
+            planned.append(Step(_micro_batches(chosen, sizes, cfg.max_tree_tokens), epoch))
+        epoch += 1
+    return planned[:total]
+
+
+def _micro_batches(chosen: list[int], sizes: Sequence[int], budget: int) -> tuple[tuple[int, ...], ...]:
+    """Pairs sorted by size and cut by the token budget: trees of one micro-batch are alike."""
+    batches: list[list[int]] = []
+    room = 0
+    for pair in sorted(chosen, key=lambda p: (-sizes[p], p)):
+        if not batches or sizes[pair] > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(pair)
+        room -= sizes[pair]
+    return tuple(tuple(batch) for batch in batches)
+
+
+def learning_rate(step: int, total: int, cfg: Config) -> float:
+    """Rate of a step (from 0): linear warm-up, then the schedule towards 0."""
+    import math
+
+    warmup = math.ceil(cfg.warmup_ratio * total)
+    if step < warmup:
+        return cfg.learning_rate * (step + 1) / warmup
+    share = (step - warmup) / max(1, total - warmup)
+    factor = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
+    return cfg.learning_rate * factor[cfg.lr_scheduler_type]
