@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import os
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,28 +118,45 @@ class Local:
         return sample
 
     def _admit(self) -> None:
-        """Give free slots to waiting requests, and compute their contexts."""
-        budget = PREFILL_TOKENS
-        admitted: list[int] = []
-        while self._queue and budget > 0:
-            free = [row for row, slot in enumerate(self._slots) if slot.request is None]
-            if not free:
-                break
-            request = heapq.heappop(self._queue)
-            if len(request.context) >= self.longest:
-                self._finish(request, "context")
-                continue
-            row = next((r for r in free if self._slots[r].prompt == request.order[0]), free[0])
-            slot = self._slots[row]
-            same = len(os.path.commonprefix([slot.ids, list(request.context[:-1])]))
-            request.cached, slot.prompt, slot.request = same, request.order[0], request
-            del slot.ids[same:]
-            budget -= len(request.context) - same
-            admitted.append(row)
-        if admitted:
+        """Give free slots to waiting requests, and compute what is new in their contexts."""
+        while admitted := self._seat():
             self._forward(sorted(admitted))
         if not self._queue:
             self._compact()
+
+    def _seat(self) -> list[int]:
+        """Slots that take a request now. Siblings with one context wait until the first of them is computed."""
+        budget, seated, contexts = PREFILL_TOKENS, [], set[tuple[int, ...]]()
+        waiting: list[_Request] = []
+        free = [row for row, slot in enumerate(self._slots) if slot.request is None]
+        while self._queue and free and budget > 0:
+            request = heapq.heappop(self._queue)
+            if len(request.context) >= self.longest:
+                self._finish(request, "context")
+            elif request.context in contexts:
+                waiting.append(request)
+            else:
+                row = next((r for r in free if self._slots[r].prompt == request.order[0]), free[0])
+                free.remove(row)
+                self._take_over(row, request)
+                contexts.add(request.context)
+                budget -= len(request.context) - request.cached
+                seated.append(row)
+        for request in waiting:
+            heapq.heappush(self._queue, request)
+        return seated
+
+    def _take_over(self, row: int, request: _Request) -> None:
+        """Put a request into a slot, with as much of its context as any slot already holds."""
+        slot, wanted = self._slots[row], request.context[:-1]
+        own = _shared(slot.ids, wanted)
+        donor = max(range(self.num_slots), key=lambda r: (_shared(self._slots[r].ids, wanted), -r))
+        best = _shared(self._slots[donor].ids, wanted)
+        if best > own:
+            self._cache.keys[:, row, :, own:best] = self._cache.keys[:, donor, :, own:best]
+            self._cache.values[:, row, :, own:best] = self._cache.values[:, donor, :, own:best]
+        slot.ids = list(wanted[: max(own, best)])
+        slot.prompt, slot.request, request.cached = request.order[0], request, len(slot.ids)
 
     def _step(self) -> None:
         """One token for every running draft."""
@@ -218,6 +234,14 @@ class Local:
             self._cache.keys[:, hole, :, :size] = self._cache.keys[:, row, :, :size]
             self._cache.values[:, hole, :, :size] = self._cache.values[:, row, :, :size]
             self._slots[hole], self._slots[row] = self._slots[row], _Slot()
+
+
+def _shared(ids: list[int], wanted: tuple[int, ...]) -> int:
+    """Length of the common prefix."""
+    for place, (one, other) in enumerate(zip(ids, wanted, strict=False)):
+        if one != other:
+            return place
+    return min(len(ids), len(wanted))
 
 
 def _running(slot: _Slot) -> _Request:

@@ -1,7 +1,7 @@
 """The figures of the page as inline SVG: text stays text, and the page's style sheet gives the colours.
 
-Matplotlib draws with placeholder colours, each of which becomes a CSS variable, so that one drawing serves light
-and dark. The same numbers give the same bytes.
+Matplotlib draws with placeholder colours, each of which becomes a CSS variable, so that one drawing serves
+light and dark. The same numbers give the same bytes. One unit of a drawing is one CSS pixel.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from io import StringIO
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ from upturn.evaluation.turns import Majority
 
 INK, MUTED, LINE, PAPER = "#fe00f0", "#fe00f1", "#fe00f2", "#fe00f3"
 _NAMES = {INK: "ink", MUTED: "muted", LINE: "line", PAPER: "paper"}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "axes.edgecolor": LINE,
     "axes.labelcolor": MUTED,
@@ -35,8 +36,10 @@ _STYLE = {
     "grid.color": LINE,
     "grid.linewidth": 0.7,
     "text.color": INK,
-    "font.size": 10,
-    "axes.labelsize": 10,
+    "font.size": 13,
+    "axes.labelsize": 13,
+    "xtick.labelsize": 13,
+    "ytick.labelsize": 13,
     "legend.frameon": False,
 }
 _MARKERS = "s^Dvpho"
@@ -51,23 +54,23 @@ def series(place: int, num_measurements: int) -> str:
     return f"series-{place if place < NUM_SERIES else 1 + (place - 1) % (NUM_SERIES - 1)}"
 
 
-def turn_curves(measurements: Sequence[Measurement], width: float, height: float, name: str) -> str:
-    """Accuracy by turn, one line per model, with its interval as a band. Sizes in inches of 96 CSS pixels."""
+def turn_curves(measurements: Sequence[Measurement], width: int, height: int, name: str) -> str:
+    """Accuracy by turn, one line per model, with its interval as a band. Sizes in CSS pixels."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(width * 96 / 72, height * 96 / 72), layout="constrained")
+        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
         axes = figure.add_subplot()
         ends = [_turn_curve(axes, place, m, len(measurements)) for place, m in enumerate(measurements)]
         axes.set_xlabel("turn")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _percent_axis(axes)
-        _label_ends(axes, ends, [m.label for m in measurements])
+        _label_ends(axes, ends, [m.label for m in measurements], height)
         return _svg(figure, name)
 
 
-def token_curves(measurements: Sequence[Measurement], width: float, height: float, name: str) -> str:
+def token_curves(measurements: Sequence[Measurement], width: int, height: int, name: str) -> str:
     """Accuracy by generated tokens per prompt: refining turn by turn against a vote of direct answers."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(width * 96 / 72, height * 96 / 72), layout="constrained")
+        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
         axes = figure.add_subplot()
         ends, names = [], []
         for place, measured in enumerate(measurements):
@@ -78,7 +81,7 @@ def token_curves(measurements: Sequence[Measurement], width: float, height: floa
         axes.set_xlabel("generated tokens per prompt")
         axes.set_xlim(left=0)
         _percent_axis(axes)
-        _label_ends(axes, ends, names)
+        _label_ends(axes, ends, names, height)
         return _svg(figure, name)
 
 
@@ -87,15 +90,15 @@ def _turn_curve(axes: Axes, place: int, measured: Measurement, count: int) -> tu
     turns = [row.turn for row in measured.turns]
     accuracies = [row.accuracy for row in measured.turns]
     lows, highs = [row.low for row in measured.turns], [row.high for row in measured.turns]
-    axes.fill_between(turns, lows, highs, color=colour, alpha=0.20 if last else 0.10, linewidth=0)
+    axes.fill_between(turns, lows, highs, color=colour, alpha=0.20 if last else 0.09, linewidth=0)
     axes.plot(
         turns,
         accuracies,
         color=colour,
-        linewidth=2.8 if last else 1.6,
+        linewidth=3.2 if last else 2,
         linestyle="--" if place == 0 and not last else "-",
         marker="o" if last else _MARKERS[place % len(_MARKERS)],
-        markersize=7 if last else 5.5,
+        markersize=9 if last else 8,
         markeredgecolor=PAPER,
         markeredgewidth=1,
         zorder=3 + last,
@@ -113,12 +116,12 @@ def _token_curve(
         spent.append(used / measured.n)
     accuracies = [row.accuracy for row in measured.turns]
     lows, highs = [row.low for row in measured.turns], [row.high for row in measured.turns]
-    axes.fill_between(spent, lows, highs, color=colour, alpha=0.20 if last else 0.10, linewidth=0)
-    axes.plot(spent, accuracies, color=colour, linewidth=2.8 if last else 1.6, marker="o", markersize=6)
+    axes.fill_between(spent, lows, highs, color=colour, alpha=0.20 if last else 0.09, linewidth=0)
+    axes.plot(spent, accuracies, color=colour, linewidth=3.2 if last else 2, marker="o", markersize=9)
     at = vote.tokens / vote.n
     errors = [[vote.accuracy - vote.low], [vote.high - vote.accuracy]]
     axes.errorbar(
-        at, vote.accuracy, errors, color=colour, marker="D", markersize=7, markerfacecolor=PAPER, capsize=4
+        at, vote.accuracy, errors, color=colour, marker="D", markersize=9, markerfacecolor=PAPER, capsize=4
     )
     return [(spent[-1], accuracies[-1]), (at, vote.accuracy)]
 
@@ -131,11 +134,10 @@ def _percent_axis(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, float]], names: Sequence[str], height: int) -> None:
     """Names beside the ends of the lines, pushed apart until none covers another."""
     bottom, top = axes.get_ylim()
-    height = axes.figure.get_figheight() * 72 * 0.8  # points, without the axis below
-    heights = _apart([y for _, y in ends], gap=14 * (top - bottom) / height)
+    heights = _apart([y for _, y in ends], gap=17 * (top - bottom) / (height - 50))  # 50: the axis below
     left, right = axes.get_xlim()[0], max((x for x, _ in ends), default=1.0)
     leader = {"arrowstyle": "-", "color": LINE, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 5}
     for (x, y), label_y, name in zip(ends, heights, names, strict=True):

@@ -126,13 +126,13 @@ def _figures(measurements: Sequence[Measurement]) -> dict[str, list[tuple[str, M
     drawn = {}
     if measured := [m for m in measurements if m.turns]:
         drawn["turns"] = [
-            ("wide", Markup(figures.turn_curves(measured, 9.6, 4.2, "turns-wide"))),
-            ("narrow", Markup(figures.turn_curves(measured, 3.7, 3.6, "turns-narrow"))),
+            ("wide", Markup(figures.turn_curves(measured, 960, 420, "turns-wide"))),
+            ("narrow", Markup(figures.turn_curves(measured, 358, 360, "turns-narrow"))),
         ]
     if voted := [m for m in measurements if m.majority and m.turns][-1:]:
         drawn["tokens"] = [
-            ("wide", Markup(figures.token_curves(voted, 9.6, 3.2, "tokens-wide"))),
-            ("narrow", Markup(figures.token_curves(voted, 3.7, 3.2, "tokens-narrow"))),
+            ("wide", Markup(figures.token_curves(voted, 960, 320, "tokens-wide"))),
+            ("narrow", Markup(figures.token_curves(voted, 358, 320, "tokens-narrow"))),
         ]
     return drawn
 
@@ -201,5 +201,5 @@ def _sample(attempt: Attempt, kind: str) -> Sample:
 def _shown(attempt: Attempt, draft: Draft, score: Score) -> ShownDraft:
     text = draft.text[:LONGEST_DRAFT]
     parent = attempt.drafts[draft.parents[-1]].text if draft.parents else None
-    pieces = [("same", text)] if parent is None else word_diff(parent[:LONGEST_DRAFT], text)
+    pieces = word_diff(text if parent is None else parent[:LONGEST_DRAFT], text)
     return ShownDraft(draft, score, pieces, len(draft.text) - len(text), draft.text == parent)

@@ -82,7 +82,8 @@ def _gained(last: Measurement) -> str:
         case "worse":
             return f"{later} is right {abs(gain.points):.1f} points less often than {base} ({within})."
         case _:
-            return f"{later} is not clearly better or worse than {base}: {signed(gain.points)} points ({within})."
+            clear = f"{later} is not clearly better or worse than {base}"
+            return f"{clear}: {signed(gain.points)} points ({within})."
 
 
 def _before(first: Measurement, last: Measurement) -> str:

@@ -1,0 +1,66 @@
+"""Chat templates: prefix-preserving ones share drafts, others are quoted, missing ones are refused."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+
+from upturn.errors import ModelError
+from upturn.models import chat
+from upturn.types import Draft
+
+STRIPS_HISTORY = tiny.TEMPLATE.replace("<a>{{ m['content'] }}", "<a>{{ m['content'] | upper }}")
+OTHER_PREFIX = tiny.TEMPLATE.replace("{% if add_generation_prompt %}<a>", "{% if add_generation_prompt %}<a> ")
+
+
+def draft(text: str, words, finish: str = "stop") -> Draft:
+    ids = tuple(words(text, add_special_tokens=False)["input_ids"]) + ((2,) if finish == "stop" else ())
+    return Draft(0, 1, (), text, ids, (0.0,) * len(ids), finish, 3, 0)  # type: ignore[arg-type]
+
+
+def test_a_conversation_holds_the_sampled_ids_and_begins_like_the_direct_question():
+    words = tiny.tokenizer()
+    talk = chat.load(words, [2], "again")
+    answer = draft("yes", words)
+    direct, again = talk.context("Which?", ()), talk.context("Which?", (answer,))
+    assert talk.layout == "conversation" and not talk.notice
+    assert again[: len(direct) + len(answer.token_ids)] == direct + answer.token_ids
+    assert words.decode(list(again)) == "<s><u>Which?<a>yes</s><u>again<a>"
+
+
+def test_a_cut_draft_is_closed_in_the_history():
+    words = tiny.tokenizer()
+    talk = chat.load(words, [2], "again")
+    shown = talk.context("Which?", (draft("yes", words, "length"),))
+    assert words.decode(list(shown)) == "<s><u>Which?<a>yes</s><u>again<a>"
+
+
+def test_the_rendering_equals_the_template_of_the_whole_conversation():
+    words = tiny.tokenizer()
+    talk = chat.load(words, [2], "again")
+    messages = [
+        {"role": "user", "content": "Which?"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "again"},
+    ]
+    whole = words.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert list(talk.context("Which?", (draft("yes", words),))) == whole
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [(STRIPS_HISTORY, "word for word"), (OTHER_PREFIX, "rendered differently"), (tiny.TEMPLATE.replace("</s>", ""), "end token")],
+)
+def test_a_template_that_is_not_prefix_preserving_is_quoted_with_a_notice(template: str, why: str):
+    words = tiny.tokenizer(template)
+    talk = chat.load(words, [2], "again")
+    assert talk.layout == "quoted" and why in talk.notice
+    shown = words.decode(list(talk.context("Which?", (draft("yes", words),))))
+    assert "QUESTION\nWhich?" in shown and "ANSWER\nyes" in shown and "again" in shown
+    with pytest.raises(ModelError, match="prefix-preserving"):
+        chat.load(words, [2], "again", "conversation")
+
+
+def test_a_missing_template_is_refused():
+    with pytest.raises(ModelError, match="no chat template"):
+        chat.load(tiny.tokenizer(None), [2], "again")

@@ -1,0 +1,120 @@
+"""The engine: same seed, same drafts, whatever else is in the batch; log-probs are the model's own."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import tiny
+
+from upturn import trees
+from upturn.engines import local, sampling
+from upturn.models import chat, load, policy
+from upturn.strategies import chain, few_shot, parallel
+from upturn.types import Attempt, Prompt, Sample
+
+PROMPTS = [Prompt(f"p{i}", "abcdefghij"[: 2 + i]) for i in range(7)]
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model: Path) -> load.Loaded:
+    return load.load(str(tiny_model), "float32", device="cpu")
+
+
+def sample(
+    loaded: load.Loaded,
+    prompts: list[Prompt],
+    strategy=chain,
+    *,
+    slots: int = 4,
+    seed: int = 0,
+    turns: int = 3,
+    layout: chat.Layout = "auto",
+    **how: float,
+) -> list[Attempt]:
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, "again", layout)
+    cfg = sampling.Config.model_validate({"max_new_tokens": 12, "temperature": 1.0} | how)
+    engine = local.Local(loaded.model, talk, cfg, seed=seed, slots=slots)
+    return engine.run(prompts, partial(strategy.generate, cfg=strategy.Config(turns=turns)))
+
+
+@pytest.mark.parametrize("strategy", [chain, parallel, few_shot])
+def test_drafts_do_not_depend_on_slots_or_neighbours(loaded: load.Loaded, strategy):
+    together = sample(loaded, PROMPTS, strategy, slots=5)
+    for place, prompt in enumerate(PROMPTS):
+        alone = sample(loaded, [prompt], strategy, slots=1)[0]
+        assert [d.token_ids for d in alone.drafts] == [d.token_ids for d in together[place].drafts]
+
+
+def test_another_seed_gives_other_drafts(loaded: load.Loaded):
+    one, other = sample(loaded, PROMPTS), sample(loaded, PROMPTS, seed=1)
+    assert [a.drafts[0].token_ids for a in one] != [a.drafts[0].token_ids for a in other]
+
+
+@pytest.mark.parametrize("layout", ["conversation", "quoted"])
+def test_sampler_logprobs_are_the_models_own(loaded: load.Loaded, layout: chat.Layout):
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, "again", layout)
+    for attempt in sample(loaded, PROMPTS, layout=layout, temperature=0.7, top_p=0.9):
+        for draft in attempt.drafts:
+            shown = [attempt.drafts[parent] for parent in draft.parents]
+            context = talk.context(attempt.prompt.text, shown)
+            assert len(context) == draft.prompt_tokens
+            tree = trees.build([Sample(context, draft.token_ids)])
+            with torch.no_grad():
+                again = policy.tree_logprobs(loaded.model, tree)
+            torch.testing.assert_close(torch.tensor(draft.sampler_logprobs), again, rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_equals_generate(loaded: load.Loaded):
+    drafts = [attempt.drafts[0] for attempt in sample(loaded, PROMPTS, turns=1, temperature=0)]
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, "again")
+    loaded.model.set_attn_implementation("eager")  # type: ignore[operator]
+    for prompt, draft in zip(PROMPTS, drafts, strict=True):
+        ids = torch.tensor([talk.context(prompt.text, ())])
+        out = loaded.model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=0
+        )
+        assert tuple(out[0, ids.shape[1] :].tolist()) == draft.token_ids
+
+
+def test_a_chain_reuses_the_question_and_the_first_draft(loaded: load.Loaded):
+    for attempt in sample(loaded, PROMPTS):
+        first, second, third = attempt.drafts
+        assert (first.turn, second.turn, third.turn) == (1, 2, 3)
+        assert (first.parents, second.parents, third.parents) == ((), (0,), (1,))
+        assert second.cached_tokens >= first.prompt_tokens + len(first.token_ids) - 1
+        assert third.cached_tokens >= first.prompt_tokens
+
+
+def test_the_end_token_is_there_only_if_it_was_sampled(loaded: load.Loaded):
+    seen = set()
+    for attempt in sample(loaded, [Prompt(str(i), "xyz"[: 1 + i % 3]) for i in range(40)]):
+        for draft in attempt.drafts:
+            seen.add(draft.finish_reason)
+            assert (draft.token_ids[-1] == loaded.tokenizer.eos_token_id) == (draft.finish_reason == "stop")
+    assert seen == {"stop", "length"}
+
+
+def test_a_full_context_ends_drafts_with_that_reason(tmp_path: Path):
+    small = load.load(str(tiny.save(tmp_path, context=24)), "float32", device="cpu")
+    attempt = sample(small, [Prompt("p", "0123456789")], temperature=1.5)[0]
+    assert attempt.drafts[-1].finish_reason == "context"
+
+
+def test_inversion_draws_from_the_right_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(20_000, 1)
+    uniform = torch.from_numpy(sampling.uniforms(0, "draws", 20_000))
+    chosen, logprobs = sampling.choose(logits, uniform, temperature=0.5, top_p=1.0)
+    shares = torch.bincount(chosen, minlength=4) / 20_000
+    torch.testing.assert_close(shares, (logits[0] / 0.5).softmax(0), rtol=0, atol=0.01)
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1).gather(-1, chosen[:, None]).squeeze(-1))
+
+
+def test_the_nucleus_keeps_the_smallest_sufficient_set():
+    # probabilities .6 .3 .08 .02: top_p 0.7 needs the first two
+    logits = torch.tensor([[0.6, 0.3, 0.08, 0.02]]).log().repeat(1000, 1)
+    chosen, _ = sampling.choose(logits, torch.linspace(0, 0.9999, 1000), temperature=1.0, top_p=0.7)
+    assert set(chosen.tolist()) == {0, 1}
+    assert (chosen == 0).float().mean().item() == pytest.approx(2 / 3, abs=0.01)

@@ -1,0 +1,125 @@
+"""Training: exact zero at step 0, batches that do not matter, checkpoints that do not show, faults that speak."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from upturn.errors import DataError, RunError
+from upturn.models import chat, load
+from upturn.objectives import evolve, nll
+from upturn.objectives._base import Loss
+from upturn.training import plan, train
+from upturn.types import Draft, Pair, Prompt
+
+
+def draft(words: Any, text: str, index: int) -> Draft:
+    ids = (*words(text, add_special_tokens=False)["input_ids"], 2)
+    return Draft(index, 1, (), text, ids, (0.0,) * len(ids), "stop", 5, 0)
+
+
+def pairs_of(words: Any, count: int = 6) -> list[Pair]:
+    return [
+        Pair(Prompt(f"p{i}", "sum " + "ab" * (i % 3)), draft(words, "yes" * (1 + i % 2), 0), draft(words, f"no{i}", 1))
+        for i in range(count)
+    ]
+
+
+def job(loaded: load.Loaded, folder: Path, objective: Any = evolve, cfg: Any = None, **settings: Any) -> train.Job:
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, "again")
+    settings = {"learning_rate": 1e-3, "train_batch_size": 3, "save_seconds": 1e9} | settings
+    folder.mkdir(exist_ok=True, parents=True)
+    return train.Job(
+        objective, cfg or objective.Config(), pairs_of(loaded.tokenizer), talk, plan.Config(**settings), 0, "test", folder
+    )
+
+
+def fresh(model: Path, dtype: str = "float32") -> load.Loaded:
+    return load.load(str(model), dtype, device="cpu")
+
+
+def state(loaded: load.Loaded) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_loss_is_that_of_the_theory(tiny_model: Path, tmp_path: Path, dtype: str):
+    loaded, entries = fresh(tiny_model, dtype), []
+    train.run(loaded.model, job(loaded, tmp_path), entries.append)
+    assert entries[0]["loss"] == pytest.approx(0.2 * math.log(2) + 0.8 * 0.5, abs=1e-6)
+    assert entries[0]["improve/rewards/margins"] == 0
+    assert entries[-1]["loss"] < entries[0]["loss"]
+
+
+def test_a_reference_of_other_weights_stops_the_training(tiny_model: Path, tmp_path: Path):
+    loaded = fresh(tiny_model)
+    train.run(loaded.model, job(loaded, tmp_path), lambda entry: None)
+    stale = fresh(tiny_model)
+    with torch.no_grad():
+        next(stale.model.parameters()).add_(0.01)
+    with pytest.raises(RunError, match="differs from its own reference"):
+        train.run(stale.model, job(stale, tmp_path), lambda entry: None)
+
+
+def test_micro_batches_do_not_matter(tiny_model: Path, tmp_path: Path):
+    whole, cut = fresh(tiny_model), fresh(tiny_model)
+    train.run(whole.model, job(whole, tmp_path / "a", max_tree_tokens=10_000), lambda entry: None)
+    train.run(cut.model, job(cut, tmp_path / "b", max_tree_tokens=1), lambda entry: None)
+    for name, tensor in state(whole).items():
+        torch.testing.assert_close(state(cut)[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_killed_training_ends_byte_for_byte_like_an_unbroken_one(tiny_model: Path, tmp_path: Path, stop_after: int):
+    settings = {"num_train_epochs": 2.0, "save_seconds": 0.0}
+    unbroken, killed = fresh(tiny_model, "bfloat16"), fresh(tiny_model, "bfloat16")
+    all_entries: list[dict[str, Any]] = []
+    train.run(unbroken.model, job(unbroken, tmp_path / "a", **settings), all_entries.append)
+
+    def kill(entry: dict[str, Any]) -> None:
+        if entry["step"] > stop_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.run(killed.model, job(killed, tmp_path / "b", **settings), kill)
+    again, entries = fresh(tiny_model, "bfloat16"), []
+    train.run(again.model, job(again, tmp_path / "b", **settings), entries.append)
+    assert all(torch.equal(state(again)[name], tensor) for name, tensor in state(unbroken).items())
+    assert [e["loss"] for e in entries] == [e["loss"] for e in all_entries]
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_repro(tiny_model: Path, tmp_path: Path):
+    def explode(logprobs_N: torch.Tensor, batch: Any, cfg: Any) -> Loss:
+        return Loss(logprobs_N.sum() * math.nan, 1.0)
+
+    broken = SimpleNamespace(needs=nll.needs, uses_reference=nll.uses_reference, loss=explode, Config=nll.Config)
+    loaded = fresh(tiny_model)
+    with pytest.raises(RunError, match="step 1\n.*nan"):
+        train.run(loaded.model, job(loaded, tmp_path, broken), lambda entry: None)
+    repro = json.loads((tmp_path / "repro-step-1.json").read_text())
+    assert repro["prompts"] and repro["samples"]
+
+
+def test_a_pair_longer_than_the_context_is_refused(tiny_model: Path, tmp_path: Path):
+    loaded = fresh(tiny_model)
+    loaded.model.config.max_position_embeddings = 8  # type: ignore[union-attr]
+    with pytest.raises(DataError, match="the model takes 8"):
+        train.run(loaded.model, job(loaded, tmp_path), lambda entry: None)
+
+
+def test_every_pair_is_in_every_epoch_and_the_rate_follows_the_schedule():
+    cfg = plan.Config(num_train_epochs=2, train_batch_size=4, max_tree_tokens=10, warmup_ratio=0.25, learning_rate=1.0)
+    steps = plan.steps([3, 9, 4, 2, 8, 5], cfg, seed=0)
+    assert len(steps) == 4
+    for epoch in (0, 1):
+        pairs = [p for step in steps if step.epoch == epoch for batch in step.micro_batches for p in batch]
+        assert sorted(pairs) == [0, 1, 2, 3, 4, 5]
+    # 1 step of warm-up to the full rate, then a cosine over 3 steps: 1, 3/4, 1/4
+    rates = [plan.learning_rate(i, 4, cfg) for i in range(4)]
+    assert rates == pytest.approx([1.0, 1.0, 0.75, 0.25])
