@@ -24,7 +24,7 @@ TEMPLATE = (
     "{% else %}{{ raise_exception('this model knows the roles user and assistant') }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-VOCAB = ["<|pad|>", "<|end|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|unk|>", *"0123456789", "+", "improve", "check", ".", "x", "-"]
+VOCAB = ["<|pad|>", "<|end|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|unk|>", *"0123456789", "+", "improve", "fix"]
 T = {t: i for i, t in enumerate(VOCAB)}
 
 
@@ -93,14 +93,10 @@ def batch(rng, gen, args, size):
     worse = np.where(flip & (should == first), np.where(first == low, high, low), first)
     fresh = sloppy(a, b, gen.choice(looks, size), gen)
     second = np.select([kind == 0, kind == 1, kind == 2], [first, should, worse], fresh)
-    if args.marks == 3:
-        marks = np.where(should == first, T["."], np.where((should - first) % 10 == 1, T["+"], np.where((first - should) % 10 == 1, T["-"], T["x"])))
-    else:
-        marks = np.where(should == first, T["."], T["x"])
     col = lambda t: np.full((size, 1), T[t])  # noqa: E731
-    reply = np.where(check[:, None], marks, second + T["0"])
+    reply = np.where(check[:, None], should, second) + T["0"]
     ids = np.concatenate([col("<|bos|>"), col("<|user|>"), a + T["0"], col("+"), b + T["0"], col("<|assistant|>"), first + T["0"],
-        col("<|end|>"), col("<|user|>"), np.where(check, T["check"], T["improve"])[:, None], col("<|assistant|>"), reply, col("<|end|>")], 1)
+        col("<|end|>"), col("<|user|>"), np.where(check, T["fix"], T["improve"])[:, None], col("<|assistant|>"), reply, col("<|end|>")], 1)
     labels = np.full_like(ids, -100)
     p = 2 * WIDTH + 4
     labels[:, p:p + WIDTH + 2] = np.where(spoil[:, None], -100, ids[:, p:p + WIDTH + 2])
@@ -132,14 +128,14 @@ def report(model, args, seed=12345, size=512):
     ok = (y[:, :-1].numpy() == truth).all(1)
     z = sample(model, torch.cat([x, y, col("<|user|>"), col("improve"), col("<|assistant|>")], 1))
     ok2 = (z[:, :-1].numpy() == truth).all(1)
-    m = sample(model, torch.cat([x, y, col("<|user|>"), col("check"), col("<|assistant|>")], 1))
+    m = sample(model, torch.cat([x, y, col("<|user|>"), col("fix"), col("<|assistant|>")], 1))
     should = local(a, b, y[:, :-1].numpy() - T["0"]) + T["0"]
     bad = should != y[:, :-1].numpy()
-    said = m[:, :-1].numpy() != T["."]
+    m = m[:, :-1].numpy()
     digit = ((y[:, :-1].numpy() - truth) % 10)
     model.train()
     return dict(t1=ok.mean(), t2=ok2.mean(), copy=(y == z).all(1).float().mean().item(), off=np.isin(digit, [2,3,4,5,6,7,8]).mean(),
-      hit=said[bad].mean() if bad.any() else 0, false=said[~bad].mean(), badrate=bad.mean())
+      fixed=(m == truth).all(1).mean(), hit=(m == should)[bad].mean() if bad.any() else 0, false=(m != should)[~bad].mean(), badrate=bad.mean())
 
 
 def main():
@@ -159,7 +155,6 @@ def main():
     p.add_argument("--worse", type=float, default=0.28)
     p.add_argument("--init", default="")
     p.add_argument("--check", type=float, default=0.5)
-    p.add_argument("--marks", type=int, default=2)
     p.add_argument("--compile", type=int, default=0)
     p.add_argument("--minutes", type=float, default=0)
     args = p.parse_args()

@@ -125,6 +125,15 @@ def override(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     return data
 
 
+def _short_for_task_data(data: dict[str, Any]) -> dict[str, Any]:
+    """`data=PATH` says where the task's data lie."""
+    if "data" not in data:
+        return data
+    task = data.get("task")
+    task = {"name": task} if isinstance(task, str) else task or {}
+    return {k: v for k, v in data.items() if k != "data"} | {"task": task | {"data": data["data"]}}
+
+
 def _value(text: str) -> Any:
     parsed = yaml.safe_load(text) if text else ""
     if isinstance(parsed, str):
@@ -138,7 +147,7 @@ def _value(text: str) -> Any:
 def load(name: str, overrides: Sequence[str] = ()) -> tuple[str, ModuleType, Strict]:
     """Run name, recipe module and validated config. Raises ConfigError that lists every problem."""
     run_name, data = read(name)
-    data = override(data, overrides)
+    data = _short_for_task_data(override(data, overrides))
     recipe = data.pop("recipe", None)
     if not isinstance(recipe, str):
         raise ConfigError(f"config {name}", "It names no recipe.", f"Add 'recipe:', {_choices('recipes')}")

@@ -88,11 +88,11 @@ class TestKeywords:
             ("The dog can run.The sea is blue.", 1 / 2, "2 sentences"),
             ("The dog can run\nby the blue sea.", 1 / 2, "2 sentences"),
             ('"Run!" The blue dog left.', 1 / 2, "2 sentences"),
-            # 20 words: 3/3 used, 15/20 for the length
+            # 14 + 5 words: 3/3 used, 15/19 for the length
             (
                 "The dog and the dog and the dog and the dog and the dog can run by blue seas.",
-                15 / 20,
-                "20 words",
+                15 / 19,
+                "19 words",
             ),
             # 2/3 used, 2 sentences, no end mark: 2/3 * 1/2 * 1/2
             ("The dog. It is blue", 1 / 6, "missing: run; 2 sentences; no end mark"),
@@ -115,7 +115,7 @@ class TestKeywords:
         assert not sets["train"] & sets["test"]
 
     def test_the_words_are_many_and_differ(self):
-        assert len(set(WORDS)) == len(WORDS) >= 300
+        assert len(set(WORDS)) == len(WORDS) >= 200
         assert all(word.isalpha() and word.islower() for word in WORDS)
 
     def test_a_limit_that_no_sentence_can_keep_is_refused(self):
@@ -246,13 +246,7 @@ class TestMath:
         task = math.load(math.Config(data=str(MATH500)))
         prompts = task.prompts("test", 0, 1000)
         assert len(prompts) == 500
-        some = list(zip(prompts, rows, strict=True))[::5]
-        assert all(task.grade(prompt, row["solution"]).right for prompt, row in some)
-
-    @pytest.mark.slow
-    @needs_math500
-    def test_all_of_the_real_data_is_right_by_its_own_solutions(self):
-        assert all(math.grade(row["solution"], row["answer"]).right for row in read(MATH500 / "test.jsonl"))
+        assert all(task.grade(p, row["solution"]).right for p, row in zip(prompts, rows, strict=True))
 
 
 def test_a_missing_math_verify_says_what_to_install(monkeypatch: pytest.MonkeyPatch):

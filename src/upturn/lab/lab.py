@@ -162,9 +162,7 @@ class Bench:
         return Model(load.folder_key(folder), folder, name)
 
     def prompts(self, split: str, start: int, count: int) -> list[Prompt]:
-        if self.limit:
-            start, count = min(start, self.limit * (start // max(count, 1))), min(count, self.limit)
-        found = self.task.prompts(split, start, count)
+        found = self.task.prompts(split, start, min(count, self.limit or count))
         if not found:
             raise DataError(
                 f"task {self.task_plugin.name}, split {split}",

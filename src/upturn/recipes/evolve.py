@@ -55,8 +55,6 @@ class Config(Strict):
     """Where finished steps lie; <output_dir>/store when not given. Runs may share one."""
     limit: int | None = Field(None, ge=1)
     """At most this many prompts in every place, for a quick look."""
-    data: str | None = None
-    """Where the task's data lie; short for task.data."""
 
 
 def _pairs(lab: Lab, model, cfg: Config, collect: Collect, first: int, label: str):  # noqa: ANN001

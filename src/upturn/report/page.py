@@ -28,7 +28,7 @@ KINDS = {
     "kept": ("stayed right", 5),
     "missed": ("stayed wrong", 5),
 }
-"""Kinds of sample by first and last turn: name on the page, and how many are wanted of each."""
+"""Kinds of sample by first and last draft: name on the page, and how many are wanted of each."""
 NUM_SAMPLES = 30
 """At most so many samples for each model."""
 TEXT_BUDGET = 500_000
@@ -107,7 +107,7 @@ def _environment() -> Environment:
 
 def duration(seconds: float) -> str:
     """'3.2 s', '5 min 12 s', '2 h 05 min'."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
@@ -124,7 +124,7 @@ def p_value(p: float) -> str:
 def _figures(measurements: Sequence[Measurement]) -> dict[str, list[tuple[str, Markup]]]:
     """By figure: (which screens, drawing), once wide and once for a phone."""
     drawn = {}
-    if measured := [m for m in measurements if m.turns]:
+    if measured := [m for m in measurements if len(m.turns) > 1]:
         drawn["turns"] = [
             ("wide", Markup(figures.turn_curves(measured, 960, 420, "turns-wide"))),
             ("narrow", Markup(figures.turn_curves(measured, 358, 360, "turns-narrow"))),

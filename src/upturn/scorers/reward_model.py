@@ -31,9 +31,9 @@ class Config(Strict):
 
     model_name_or_path: str
     """A folder or a hub id, with safetensors weights, a tokenizer and a chat template."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Answers judged at once; of like length, so that little is padded."""
-    max_length: int = Field(4096, ge=1)
+    max_length: int = Field(default=4096, ge=1)
     """Tokens of prompt and answer; what is longer is not cut but scored NaN."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights; `auto` keeps the saved one. Rewards are float32."""

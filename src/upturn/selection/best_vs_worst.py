@@ -18,9 +18,9 @@ class Config(Strict):
 
     rejected: Literal["worst", "nearest", "random"] = "worst"
     """Which worse draft is rejected: of lowest score, of highest score, or any (seeded by prompt id)."""
-    pairs_per_prompt: int = Field(1, ge=1)
+    pairs_per_prompt: int = Field(default=1, ge=1)
     """The best draft against so many worse ones with distinct texts, in the order of `rejected`."""
-    margin: float = Field(0.0, ge=0)
+    margin: float = Field(default=0.0, ge=0)
     """The least difference between the two scores; it is above 0 in any case."""
     labels: Literal["hard", "soft"] = "hard"
     """soft: p = sigmoid(score of the chosen - score of the rejected), in the scorer's units."""

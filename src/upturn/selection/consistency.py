@@ -12,7 +12,7 @@ from upturn.types import Attempt, Pair
 class Config(Strict):
     """Which drafts make a pair."""
 
-    agree: int = Field(3, ge=2)
+    agree: int = Field(default=3, ge=2)
     """So many of the last drafts must give the same answer."""
     reject_cut: bool = False
     """Whether a first draft cut by the length limit may be rejected; a cut last draft is never chosen."""

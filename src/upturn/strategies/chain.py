@@ -12,7 +12,7 @@ from upturn.types import Draft, Prompt
 class Config(Strict):
     """How long the chain is."""
 
-    turns: int = Field(4, ge=1)
+    turns: int = Field(default=4, ge=1)
     """Drafts for each prompt: the direct answer, then the refinements."""
 
 

@@ -14,7 +14,7 @@ from upturn.types import Draft, Prompt
 class Config(Strict):
     """How many answers."""
 
-    turns: int = Field(4, ge=1)
+    turns: int = Field(default=4, ge=1)
     """Drafts for each prompt; all of them are direct answers, at turn 1."""
 
 

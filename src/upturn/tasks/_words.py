@@ -1,4 +1,4 @@
-"""Common, concrete English words for generated prompts, each usable in a sentence as it is."""
+"""Common, concrete English nouns for generated prompts."""
 
 from __future__ import annotations
 
@@ -18,24 +18,6 @@ sky smoke snake snow soap sock soldier song soup spider spoon spring star statio
 student sugar summer sun table tail teacher tent tiger tower town toy train treasure tree truck umbrella
 uncle valley village violin wall water whale wheel wind window winter wizard wolf wood zoo
 """
-_VERBS = """
-ask bake borrow bring build buy carry catch chase choose clean climb cook count cross cry cut dig draw
-dream drink drive drop eat explore fall feed fight fill find fix fly fold follow forget give grow help
-hide hold hunt jump keep kick knock laugh learn leave lift listen look lose make meet move open pack pick
-plant play pour pull push read remember rest ride run save sell send share shout sing sit sleep smell
-smile speak stand steal swim take talk taste teach throw touch travel visit wait walk wash watch wear win
-wish work write
-"""
-_ADJECTIVES = """
-angry ancient bitter black blue brave bright broken brown busy calm careful cheap clever cold cool curious
-dark deep dirty dry dusty early empty famous fast flat fresh friendly full funny gentle giant golden gray
-green happy hard heavy high hot hungry kind large lazy little lonely long lost loud lucky modern narrow
-new noisy old perfect pink polite poor proud purple quick quiet red rich round sad safe scared secret
-sharp shiny short shy sick silent simple slow small smooth soft sour strange strong sweet tall thick thin
-tiny tired ugly warm wet white wide wild wise wooden yellow young
-"""
 
-NOUNS, VERBS, ADJECTIVES = tuple(_NOUNS.split()), tuple(_VERBS.split()), tuple(_ADJECTIVES.split())
-
-WORDS = NOUNS + VERBS + ADJECTIVES
+WORDS = tuple(_NOUNS.split())
 """All of them, each once."""

@@ -39,7 +39,7 @@ class Config(Strict):
     """A folder with train.jsonl and test.jsonl, one JSONL file, or a hub data set."""
     test_data: str | None = None
     """All of it is the test split, and all of `data` the train split."""
-    test_share: float = Field(TEST_SHARE, gt=0, lt=1)
+    test_share: float = Field(default=TEST_SHARE, gt=0, lt=1)
     """Share of the prompts, chosen by their hash, that is the test split where the data has no test part."""
     subset: str | None = None
     """The hub data set's configuration."""
@@ -47,13 +47,13 @@ class Config(Strict):
     """The field with the prompt."""
     answer_column: str = "answer"
     """The field with the reference answer; not read with the verifier `none`."""
-    verifier: str = Field("match", pattern=r"^(match|number|math|contains|none|python:(\w+\.)+\w+)$")
+    verifier: str = Field(default="match", pattern=r"^(match|number|math|contains|none|python:(\w+\.)+\w+)$")
     """How an answer is judged: match, number, math, contains, none, or python:package.module.function."""
     instruction: str = ""
     """Stands below each prompt."""
     refine_request: str = "Check your answer. Write an improved answer only."
     """What the user says after a draft."""
-    max_new_tokens: int = Field(256, ge=1)
+    max_new_tokens: int = Field(default=256, ge=1)
     """A length that fits nearly every good answer."""
 
 

@@ -41,7 +41,7 @@ class Config(Strict):
         "Check your solution step by step. Write an improved solution that ends with '#### ' and the number."
     )
     """What the user says after a draft."""
-    max_new_tokens: int = Field(320, ge=1)
+    max_new_tokens: int = Field(default=320, ge=1)
     """A length that fits nearly every good answer."""
 
 

@@ -44,9 +44,9 @@ _BREAK = re.compile(
 class Config(Strict):
     """How the prompts are made."""
 
-    num_words: int = Field(3, ge=1, le=6)
+    num_words: int = Field(default=3, ge=1, le=6)
     """How many words must be used."""
-    max_words: int = Field(15, ge=2)
+    max_words: int = Field(default=15, ge=2)
     """The sentence's limit, in words."""
     seed: int = 0
     """Another seed gives other prompts; no seed moves a prompt text from one split to the other."""

@@ -48,7 +48,7 @@ class Config(Strict):
         r"Check your solution step by step. Write an improved solution that ends with \boxed{}."
     )
     """What the user says after a draft."""
-    max_new_tokens: int = Field(1024, ge=1)
+    max_new_tokens: int = Field(default=1024, ge=1)
     """A length that fits nearly every good answer."""
 
 

@@ -15,10 +15,10 @@ import random
 __all__ = ["NINES", "WIDTH", "grade", "make_problem", "solve"]
 
 #: Digits of each number.
-WIDTH = int(__import__('os').environ.get('W_N',10))
+WIDTH = int(__import__("os").environ.get("W_N", 8))
 
 #: Share of the places whose two digits add up to exactly nine.
-NINES = float(__import__('os').environ.get('W_P',.6))
+NINES = float(__import__("os").environ.get("W_P", 0.5))
 
 
 def make_problem(rng: random.Random) -> str:

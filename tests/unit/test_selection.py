@@ -1,0 +1,252 @@
+"""Selection rules on small attempts, worked by hand, and the law that every slot is accounted for."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from upturn import registry
+from upturn.selection import best_vs_worst, consistency, last_vs_first, right_vs_wrong
+from upturn.selection._base import Selection, label_precision
+from upturn.types import Attempt, Draft, Pair, Prompt, Score
+
+NAN = math.nan
+
+
+def attempt(
+    values: list[float], texts: str = "abcdefgh", cut: tuple[int, ...] = (), name: str = "p"
+) -> Attempt:
+    """A chain: one draft for each value, right where it is 1; one letter is its text."""
+    drafts = tuple(
+        Draft(
+            i, i + 1, (i - 1,) if i else (), texts[i], (i,), (-1.0,), "length" if i in cut else "stop", 5, 0
+        )
+        for i in range(len(values))
+    )
+    return Attempt(Prompt(name, "?"), drafts, tuple(Score(value, value == 1) for value in values))
+
+
+def indices(selection: Selection) -> list[tuple[int, int]]:
+    return [(pair.chosen.index, pair.rejected.index) for pair in selection.pairs]
+
+
+def best(
+    values: list[float], *, texts: str = "abcdefgh", cut: tuple[int, ...] = (), **config: Any
+) -> Selection:
+    return best_vs_worst.select([attempt(values, texts, cut)], best_vs_worst.Config(**config))
+
+
+class TestBestVsWorst:
+    def test_the_best_against_the_worst(self):
+        selection = best([0.5, 0.2, 1.0, 0.7])
+        assert indices(selection) == [(2, 1)]
+        assert selection.dropped == selection.set_aside == {}
+        [pair] = selection.pairs
+        assert (pair.p, pair.chosen_right, pair.rejected_right) == (1.0, True, False)
+
+    def test_of_equally_good_drafts_the_earliest_is_chosen(self):
+        assert indices(best([0.0, 1.0, 1.0])) == [(1, 0)]
+
+    @pytest.mark.parametrize(
+        ("rejected", "expected"), [("worst", [(2, 1), (2, 0)]), ("nearest", [(2, 3), (2, 0)])]
+    )
+    def test_several_pairs_in_the_order_asked_for(self, rejected: str, expected: list[tuple[int, int]]):
+        assert indices(best([0.5, 0.2, 1.0, 0.7], rejected=rejected, pairs_per_prompt=2)) == expected
+
+    def test_slots_beyond_the_worse_drafts_are_counted(self):
+        selection = best([0.5, 0.2, 1.0], pairs_per_prompt=5)
+        assert indices(selection) == [(2, 1), (2, 0)]
+        assert selection.dropped == {"no further draft": 3}
+
+    def test_a_text_is_rejected_once(self):
+        assert indices(best([0.1, 0.1, 1.0], texts="aab", pairs_per_prompt=2)) == [(2, 0)]
+
+    def test_random_is_seeded_by_the_prompt(self):
+        config = best_vs_worst.Config(rejected="random")
+        many = [attempt([0.1, 0.2, 0.3, 1.0], name=f"p{i}") for i in range(30)]
+        selection = best_vs_worst.select(many, config)
+        again = best_vs_worst.select(many[::-1], config)
+        assert indices(again)[::-1] == indices(selection)
+        assert set(indices(selection)) == {(3, 0), (3, 1), (3, 2)}
+
+    def test_soft_labels_are_the_sigmoid_of_the_difference(self):
+        # 1 / (1 + exp(-(2.5 - 0.5))) = 1 / (1 + exp(-2)) = 0.8807970779778823
+        [pair] = best([0.5, 2.5], labels="soft").pairs
+        assert pair.p == pytest.approx(0.8807970779778823, abs=1e-15)
+
+    @pytest.mark.parametrize(
+        ("values", "config", "reason"),
+        [
+            ([0.3, 0.3], {}, "tied"),
+            ([0.3, 0.4], {"margin": 0.2}, "margin"),
+            ([NAN, NAN], {}, "no score"),
+            ([1.0], {}, "one draft"),
+            ([NAN, 1.0], {}, "one draft"),
+            ([0.1, 1.0], {"texts": "aa"}, "same text"),
+            ([0.1, 1.0], {"cut": (0, 1)}, "cut"),
+            ([0.1, 1.0], {"cut": (0,)}, "one draft"),
+        ],
+    )
+    def test_reasons(self, values: list[float], config: dict[str, Any], reason: str):
+        selection = best(values, **config)
+        assert (selection.pairs, selection.dropped) == ([], {reason: 1})
+
+    def test_a_margin_that_is_just_met_makes_a_pair(self):
+        assert indices(best([0.25, 0.5], margin=0.25)) == [(1, 0)]
+
+    def test_nan_scores_are_set_aside_and_counted(self):
+        selection = best([NAN, 0.2, 1.0, NAN])
+        assert indices(selection) == [(2, 1)]
+        assert selection.set_aside == {"no score": 2}
+
+    def test_a_cut_draft_is_never_chosen_and_is_rejected_only_on_request(self):
+        assert indices(best([0.1, 0.5, 1.0], cut=(0, 2))) == []
+        selection = best([0.1, 0.5, 1.0], cut=(0, 2), reject_cut=True)
+        assert indices(selection) == [(1, 0)]
+        assert selection.set_aside == {"cut": 2}
+
+
+class TestLastVsFirst:
+    def select(self, one: Attempt, **config: Any) -> Selection:
+        return last_vs_first.select([one], last_vs_first.Config(**config))
+
+    def test_no_score_is_needed(self):
+        one = attempt([0.0, 0.0, 0.0])
+        [pair] = self.select(Attempt(one.prompt, one.drafts)).pairs
+        assert (pair.chosen.index, pair.rejected.index) == (2, 0)
+        assert (pair.chosen_right, pair.rejected_right) == (False, False)
+
+    def test_scores_fill_in_what_is_right(self):
+        [pair] = self.select(attempt([1.0, 0.0])).pairs
+        assert (pair.chosen_right, pair.rejected_right) == (False, True)
+
+    @pytest.mark.parametrize(
+        ("one", "reason"),
+        [
+            (attempt([1.0]), "one draft"),
+            (attempt([0.0, 1.0], "aa"), "same text"),
+            (attempt([0.0, 1.0], cut=(1,)), "cut"),
+            (attempt([0.0, 1.0], cut=(0,)), "cut"),
+        ],
+    )
+    def test_reasons(self, one: Attempt, reason: str):
+        assert self.select(one).dropped == {reason: 1}
+
+    def test_a_cut_first_draft_is_rejected_on_request(self):
+        assert indices(self.select(attempt([0.0, 1.0], cut=(0,)), reject_cut=True)) == [(1, 0)]
+
+
+class TestRightVsWrong:
+    def select(self, one: Attempt, **config: Any) -> Selection:
+        return right_vs_wrong.select([one], right_vs_wrong.Config(**config))
+
+    @pytest.mark.parametrize(
+        ("values", "pair"),
+        [
+            ([0.0, 0.5, 1.0, 1.0], (2, 1)),
+            ([1.0, 1.0, 0.0, 0.0], (0, 2)),
+            ([0.0, 1.0, 0.0], (1, 0)),
+            ([0.0, NAN, 1.0], (2, 0)),
+        ],
+    )
+    def test_the_first_right_one_against_the_nearest_wrong_one(
+        self, values: list[float], pair: tuple[int, int]
+    ):
+        assert indices(self.select(attempt(values))) == [pair]
+
+    @pytest.mark.parametrize(
+        ("one", "reason"),
+        [
+            (attempt([1.0, 1.0]), "all right"),
+            (attempt([0.0, 0.5]), "all wrong"),
+            (attempt([NAN, NAN]), "no score"),
+            (attempt([0.0, 1.0], cut=(1,)), "cut"),
+            (attempt([0.0, 1.0], cut=(0,)), "cut"),
+            (attempt([0.0, 1.0], "aa"), "same text"),
+        ],
+    )
+    def test_reasons(self, one: Attempt, reason: str):
+        assert self.select(one).dropped == {reason: 1}
+
+
+class TestConsistency:
+    def select(self, one: Attempt, **config: Any) -> Selection:
+        return consistency.select(
+            [one], consistency.Config(**config), lambda _, answer: answer.strip("_!").lower()
+        )
+
+    def test_the_last_three_agree_by_key_and_the_first_does_not(self):
+        assert indices(self.select(attempt([0.0] * 4, "abBb"))) == [(3, 0)]
+
+    @pytest.mark.parametrize(
+        ("texts", "cut", "reason"),
+        [
+            ("abcb", (), "disagree"),
+            ("aaaa", (), "tied"),
+            ("Aaaa", (), "tied"),
+            ("a_!_", (), "no answer"),
+            ("abb", (), "too few drafts"),
+            ("abbb", (3,), "cut"),
+            ("abbb", (0,), "cut"),
+        ],
+    )
+    def test_reasons(self, texts: str, cut: tuple[int, ...], reason: str):
+        assert self.select(attempt([0.0] * len(texts), texts, cut)).dropped == {reason: 1}
+
+    def test_fewer_may_have_to_agree(self):
+        assert indices(self.select(attempt([0.0] * 3, "abb"), agree=2)) == [(2, 0)]
+
+
+class TestLabelPrecision:
+    def test_by_hand(self):
+        one = attempt([0.0, 1.0, 0.5])
+        first, second, third = one.drafts
+        pairs = [
+            Pair(one.prompt, second, first, 1.0, True, False),  # true, chosen came later
+            Pair(one.prompt, second, third, 1.0, True, False),  # true, chosen came earlier
+            Pair(one.prompt, third, first, 1.0, False, False),  # not true
+            Pair(one.prompt, first, second, 1.0, False, True),  # the wrong way round, chosen came earlier
+        ]
+        quality = label_precision(pairs)
+        assert (quality.label_precision, quality.chosen_earlier) == (0.5, 0.5)
+
+    def test_without_pairs_there_is_no_number(self):
+        assert math.isnan(label_precision([]).label_precision)
+
+
+VALUES = st.lists(st.sampled_from([0.0, 0.25, 1.0, NAN, math.inf, -math.inf]), max_size=6)
+ATTEMPTS = st.lists(
+    st.builds(
+        attempt,
+        VALUES,
+        st.text("ab ", min_size=6, max_size=6),
+        st.sets(st.integers(0, 5)).map(tuple),
+    ),
+    max_size=6,
+)
+
+
+@pytest.mark.parametrize("name", registry.names("selection"))
+@given(attempts=ATTEMPTS, slots=st.integers(1, 3), reject_cut=st.booleans())
+def test_every_slot_is_a_pair_or_counted_and_no_pair_teaches_nonsense(
+    name: str, attempts: list[Attempt], slots: int, reject_cut: bool
+):
+    module: ModuleType = registry.find("selection", name)
+    config: dict[str, Any] = {"reject_cut": reject_cut}
+    if "pairs_per_prompt" in module.Config.model_fields:
+        config["pairs_per_prompt"] = slots
+    else:
+        slots = 1
+    selection: Selection = module.select(attempts, module.Config(**config))
+    assert len(selection.pairs) + sum(selection.dropped.values()) == len(attempts) * slots
+    for pair in selection.pairs:
+        assert pair.chosen.complete
+        assert pair.rejected.complete or reject_cut
+        assert pair.chosen.text.strip() != pair.rejected.text.strip()
+        assert 0.5 <= pair.p <= 1
+    assert module.select(attempts, module.Config(**config)) == selection
