@@ -14,11 +14,13 @@ TEMPLATE = (
     "{% else %}<a>{{ m['content'] }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
 SPECIAL = ["<pad>", "<s>", "</s>", "<u>", "<a>", "<unk>"]
+CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
+SUMS = string.digits + "+"
+"""Characters with which a random model hits a digit of a sum now and then; all others are unknown tokens."""
 
 
-def tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+def tokenizer(template: str | None = TEMPLATE, characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
     """One token per character."""
-    characters = string.ascii_letters + string.digits + string.punctuation + " \n"
     vocab = {token: i for i, token in enumerate([*SPECIAL, *characters])}
     raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
@@ -35,10 +37,17 @@ def tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     return made
 
 
-def save(folder: Path, *, seed: int = 0, context: int = 512) -> Path:
+def save(
+    folder: Path,
+    *,
+    seed: int = 0,
+    context: int = 512,
+    template: str | None = TEMPLATE,
+    characters: str = CHARACTERS,
+) -> Path:
     """Write the model; another seed gives other weights."""
     torch.manual_seed(seed)
-    words = tokenizer()
+    words = tokenizer(template, characters)
     config = LlamaConfig(
         vocab_size=len(words),
         hidden_size=32,

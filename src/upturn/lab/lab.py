@@ -150,6 +150,7 @@ class Bench:
     summary: summary.Summary
     limit: int | None = None
     _open: dict[str, Any] = field(default_factory=dict)
+    _metrics: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.task = self.task_plugin.module.load(self.task_plugin.cfg)
@@ -255,6 +256,8 @@ class Bench:
         result = self._do("train", label, config, [model.key, pairs.key], work, guess)
         if self.dry:
             return Model(result.key, result.folder / "model", label)
+        self._metrics.append(result.folder / "metrics.jsonl")
+        write_text(self.run_dir / "metrics.jsonl", "".join(path.read_text() for path in self._metrics))
         facts = result.manifest["facts"]
         row = summary.TrainingRow(
             label=label,
@@ -288,7 +291,7 @@ class Bench:
             return
         attempts = scored.read()
         row = summary.measure(label, iteration, attempts, vote=vote, seed=self.seed)
-        target = self.run_dir / "drafts" / f"{label.replace(' ', '-')}.jsonl"
+        target = self.run_dir / summary.drafts_file(label)
         target.parent.mkdir(exist_ok=True)
         write_text(target, scored.path.read_text())
         self._report(measurements=(*self.summary.measurements, row))
