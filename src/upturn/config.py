@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, PlainSerializer, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from upturn import registry
-from upturn._model import Strict
 from upturn.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,9 @@ def read(name: str) -> tuple[str, dict[str, Any]]:
         hint = f"Did you mean '{near[0]}'?" if near else f"Shipped configs: {', '.join(shipped())}."
         raise ConfigError(f"config {name}", "There is no such file and no shipped config of this name.", hint)
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {name}", f"It cannot be read: {error}.", "Name a YAML file.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -114,23 +117,27 @@ def override(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         *path, last = key.split(".")
         place = data
         for part in path:
-            inner = place.get(part)
+            inner: Any = place.get(part)
             if isinstance(inner, str):  # a plug-in given by its bare name
                 inner = {"name": inner}
             if inner is not None and not isinstance(inner, dict):
                 raise ConfigError(f"override '{text}'", f"'{part}' holds a value, not keys.", "Check the path.")
             place[part] = inner = inner or {}
             place = inner
-        place[last] = _value(value)
+        try:
+            place[last] = _value(value)
+        except yaml.YAMLError as error:
+            what = f"Its value is not valid YAML: {getattr(error, 'problem', error)}."
+            raise ConfigError(f"override '{text}'", what, "Put quotes around the value.") from error
     return data
 
 
 def _short_for_task_data(data: dict[str, Any]) -> dict[str, Any]:
     """`data=PATH` says where the task's data lie."""
-    if "data" not in data:
+    if data.get("data") is None:
         return data
     task = data.get("task")
-    task = {"name": task} if isinstance(task, str) else task or {}
+    task = {"name": task} if isinstance(task, str) else task if isinstance(task, dict) else {}
     return {k: v for k, v in data.items() if k != "data"} | {"task": task | {"data": data["data"]}}
 
 
@@ -144,7 +151,7 @@ def _value(text: str) -> Any:
     return parsed
 
 
-def load(name: str, overrides: Sequence[str] = ()) -> tuple[str, ModuleType, Strict]:
+def load(name: str, overrides: Sequence[str] = ()) -> tuple[str, ModuleType, Any]:
     """Run name, recipe module and validated config. Raises ConfigError that lists every problem."""
     run_name, data = read(name)
     data = _short_for_task_data(override(data, overrides))
@@ -152,11 +159,18 @@ def load(name: str, overrides: Sequence[str] = ()) -> tuple[str, ModuleType, Str
     if not isinstance(recipe, str):
         raise ConfigError(f"config {name}", "It names no recipe.", f"Add 'recipe:', {_choices('recipes')}")
     module = registry.find("recipes", recipe)
+    return run_name, module, checked(module.Config, data, name)
+
+
+def checked(model: type[Model], data: dict[str, Any], where: str) -> Model:
+    """Validated data. Raises ConfigError that lists every problem."""
     try:
-        return run_name, module, module.Config.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        problems = _problems(error, module.Config)
-        raise ConfigError(f"{_count(problems)} in {name}", _listing(problems), "Mend these and run again.") from None
+        problems = _problems(error, model)
+        raise ConfigError(
+            f"{_count(problems)} in {where}", _listing(problems), "Mend these and run again."
+        ) from None
 
 
 def _count(problems: list[_Problem]) -> str:
@@ -202,11 +216,11 @@ def _problem(found: Any, path: tuple[str | int, ...], context: dict[str, Any], m
 def _fields(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
     for part in path:
         field = model.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            model = inner
-        else:
+        choices = (field.annotation, *get_args(field.annotation)) if field else ()
+        inner = next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if inner is None:
             return []
+        model = inner
     return list(model.model_fields)
 
 

@@ -28,6 +28,17 @@ class _Node:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """A node of the laid-out tree: its own tokens are `[start, start + length)`, its subtree `[start, stop)`."""
+
+    start: int
+    length: int
+    stop: int
+    parent: int
+    """Place of the parent in the list of spans, -1 for a root."""
+
+
+@dataclass(frozen=True, slots=True)
 class TokenTree:
     """The layout of a batch. All tensors are int64 on one device."""
 
@@ -43,8 +54,8 @@ class TokenTree:
     owner_N: Tensor
     """The sample each target token belongs to."""
     num_samples: int
-    roots: tuple[tuple[int, int], ...]
-    """(first place, length) of each root tree: attention never leaves it."""
+    spans: tuple[Span, ...]
+    """The nodes in depth-first order."""
     num_row_tokens: int
     """Tokens of the same samples as separate rows: the logical size."""
 
@@ -55,7 +66,7 @@ class TokenTree:
             for name in ("ids_T", "positions_T", "ends_T", "predictors_N", "targets_N", "owner_N")
         }
         return TokenTree(
-            **moved, num_samples=self.num_samples, roots=self.roots, num_row_tokens=self.num_row_tokens
+            **moved, num_samples=self.num_samples, spans=self.spans, num_row_tokens=self.num_row_tokens
         )
 
 
@@ -112,23 +123,25 @@ def _path(root: _Node, ids: tuple[int, ...]) -> list[_Node]:
 def _lay_out(samples: Sequence[Sample], top: list[_Node], paths: list[list[_Node]]) -> TokenTree:
     ids: list[int] = []
     positions: list[int] = []
-    ends: list[int] = []
-    roots: list[tuple[int, int]] = []
-    for root in top:
-        first = len(ids)
-        stack: list[tuple[_Node, int, bool]] = [(root, 0, True)]
-        while stack:
-            node, depth, entering = stack.pop()
-            if not entering:
-                ends[node.start : node.start + len(node.ids)] = [len(ids)] * len(node.ids)
-                continue
-            node.start = len(ids)
-            ids.extend(node.ids)
-            positions.extend(range(depth, depth + len(node.ids)))
-            ends.extend([0] * len(node.ids))
-            stack.append((node, depth, False))
-            stack.extend((child, depth + len(node.ids), True) for child in reversed(node.children.values()))
-        roots.append((first, len(ids) - first))
+    nodes: list[tuple[_Node, int]] = []  # with the place of the parent
+    stack = [(root, 0, -1) for root in reversed(top)]
+    while stack:
+        node, depth, parent = stack.pop()
+        node.start = len(ids)
+        ids.extend(node.ids)
+        positions.extend(range(depth, depth + len(node.ids)))
+        children = reversed(node.children.values())
+        stack.extend((child, depth + len(node.ids), len(nodes)) for child in children)
+        nodes.append((node, parent))
+    stops = [node.start + len(node.ids) for node, _ in nodes]
+    for place in range(len(nodes) - 1, 0, -1):  # a subtree ends where its last child's does
+        parent = nodes[place][1]
+        if parent >= 0:
+            stops[parent] = max(stops[parent], stops[place])
+    spans = tuple(
+        Span(node.start, len(node.ids), stop, parent) for (node, parent), stop in zip(nodes, stops, strict=True)
+    )
+    ends = [span.stop for span in spans for _ in range(span.length)]
     predictors, targets, owner = _gather(samples, paths)
     return TokenTree(
         torch.tensor(ids),
@@ -138,7 +151,7 @@ def _lay_out(samples: Sequence[Sample], top: list[_Node], paths: list[list[_Node
         torch.tensor(targets, dtype=torch.long),
         torch.tensor(owner, dtype=torch.long),
         num_samples=len(samples),
-        roots=tuple(roots),
+        spans=spans,
         num_row_tokens=sum(len(s.context) + len(s.target) for s in samples),
     )
 

@@ -14,7 +14,8 @@ HEAVY = ("torch", "transformers", "numpy", "scipy", "pydantic", "matplotlib", "r
 
 def fresh(code: str) -> str:
     """What a new interpreter prints."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def test_import_brings_nothing_heavy():

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from upturn import trees
-from upturn.models import policy
+from upturn.models import _tree_plan, policy
 from upturn.types import Sample
 
 SHAPE = {
@@ -72,8 +72,10 @@ def trees_sum(logprobs: torch.Tensor, tree: trees.TokenTree) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("unit", [1, 8, 1000])
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
-def test_tree_equals_separate_rows(family: str, depth: int):
+def test_tree_equals_separate_rows(family: str, depth: int, unit: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_tree_plan, "UNIT_TOKENS", unit)
     rng = random.Random(depth)
     model, samples = tiny(family), forest(rng, depth)
     weights = [rng.uniform(-1, 1) for _ in samples]

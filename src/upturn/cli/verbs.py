@@ -61,7 +61,9 @@ def refine(
         return await chain.generate(prompt, sample, chain.Config(turns=turns))
 
     engine = local.Local(loaded.model, talk, how, seed=seed, slots=1)
-    return engine.run([Prompt("question", question)], strategy, on_draft)[0]
+    prompt = Prompt("question", question)
+    engine.check([prompt])
+    return engine.run([prompt], strategy, on_draft)[0]
 
 
 def _show(console: Any, draft: Draft, seen: list[Draft]) -> None:

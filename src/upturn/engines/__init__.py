@@ -1,1 +1,1 @@
-"""TODO."""
+"""Answers from a model: batched sampling with a KV cache."""

@@ -18,6 +18,7 @@ from torch import nn
 
 from upturn.engines import sampling
 from upturn.engines._slots import Slots, StepPlan
+from upturn.errors import DataError
 from upturn.models import policy
 from upturn.models.chat import Chat
 from upturn.types import Attempt, Draft, FinishReason, Prompt
@@ -63,6 +64,20 @@ class Local:
         self.max_new_tokens = cfg.max_new_tokens or 256
         self._config = config
         self.num_forwards = 0
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Every question must say something and leave room for an answer, else DataError for the first."""
+        if empty := [prompt.id for prompt in prompts if not prompt.text.strip()]:
+            raise DataError(f"prompt {empty[0]}", "It is empty.", "Ask something.")
+        sizes = [len(self.chat.context(prompt.text, ())) for prompt in prompts]
+        long = [place for place, size in enumerate(sizes) if size >= self.longest]
+        if long:
+            raise DataError(
+                f"prompt {prompts[long[0]].id}",
+                f"It has {sizes[long[0]]} tokens with its template, and the model takes {self.longest}. "
+                f"{len(long)} of {len(prompts)} prompts are too long.",
+                "Drop or shorten such prompts, or use a model with a longer context.",
+            )
 
     def run(
         self, prompts: Sequence[Prompt], generate: Generate, on_draft: Callable[[Draft], None] = lambda draft: None

@@ -6,6 +6,7 @@ import hashlib
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from upturn._model import Strict
@@ -14,11 +15,11 @@ from upturn._model import Strict
 class Config(Strict):
     """How drafts are sampled."""
 
-    temperature: float = 0.7
+    temperature: float = Field(default=0.7, ge=0)
     """0 is greedy."""
-    top_p: float = 1.0
+    top_p: float = Field(default=1.0, gt=0, le=1)
     """Keep the smallest set of tokens with at least this probability."""
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None = Field(default=None, ge=1)
     """Longest answer in tokens; the task's own length when not given."""
 
 

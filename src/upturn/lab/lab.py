@@ -17,8 +17,8 @@ from upturn.errors import DataError
 from upturn.evaluation import summary, turns
 from upturn.lab import estimate
 from upturn.lab.store import Planned, Result, Steps, write_json, write_text
-from upturn.models.chat import Layout
 from upturn.models.chat import VERSION as CHAT_VERSION
+from upturn.models.chat import Layout
 from upturn.tracking import progress
 from upturn.training import plan
 from upturn.types import Attempt, Pair, Prompt, attempt_from_json, pair_from_json, to_json
@@ -30,13 +30,13 @@ VERSIONS = {"model": 1, "generate": 1, "score": 1, "select": 1, "train": 1}
 class Options(Strict):
     """How models are loaded and run; everything here can change results, so it is part of every key."""
 
-    dtype: str = Field("bfloat16", pattern="^(bfloat16|float32|auto)$")
+    dtype: str = Field(default="bfloat16", pattern="^(bfloat16|float32|auto)$")
     device: str = "auto"
     layout: Layout = "auto"
     """How drafts are shown: as a conversation, or quoted in one message."""
-    slots: int = Field(64, ge=1)
+    slots: int = Field(default=64, ge=1)
     """Drafts that are sampled at the same time."""
-    chunk_prompts: int = Field(128, ge=1)
+    chunk_prompts: int = Field(default=128, ge=1)
     """Prompts between two saves of a generation; a kill costs at most one chunk."""
     trust_remote_code: bool = False
 
@@ -129,10 +129,10 @@ class Training(Strict):
 class Measure(Strict):
     """Measuring on held-out prompts, the same for every model of a run."""
 
-    prompts: int = Field(300, ge=1)
-    turns: int = Field(4, ge=2)
+    prompts: int = Field(default=300, ge=1)
+    turns: int = Field(default=4, ge=2)
     sampling: Sampling = Sampling()
-    majority: int = Field(0, ge=0)
+    majority: int = Field(default=0, ge=0)
     """Parallel answers for a majority vote, the control at equal samples; 0 leaves it out."""
     base_majority: bool = False
     """Whether the untrained model gets the majority control too."""

@@ -12,17 +12,19 @@ import yaml
 from upturn import __version__, config
 from upturn.errors import RunError
 from upturn.evaluation.summary import Summary
-from upturn.lab.lab import Bench, Measure, Options
 from upturn.lab import estimate
-from upturn.lab.store import Planned, Store, unwritable, write_text
+from upturn.lab.lab import Bench, Measure, Options
+from upturn.lab.store import Planned, Store, unwritable, write_text, writing
 
 
 def run(name: str, overrides: Sequence[str]) -> tuple[Path, Summary]:
     """Run a recipe, or go on with it. Returns the run folder and the summary."""
     run_name, recipe, cfg = config.load(name, overrides)
+    _planned(run_name, recipe, cfg)  # finds what is missing for a late step before the first one
     bench = _bench(run_name, recipe, cfg)
-    recipe.run(cfg, bench)
-    return _finish(bench)
+    with writing(bench.run_dir):
+        recipe.run(cfg, bench)
+        return _finish(bench)
 
 
 def _name(recipe: ModuleType) -> str:
@@ -59,19 +61,18 @@ def evaluate(
         upturn=__version__, recipe="eval", name=folder.name, model=model, task=task, seed=seed, status="running",
         turns=settings["turns"],
     )
-    bench = Bench(folder, _store(folder, None), plugin, Options(dtype=dtype), seed, summary)
-    measure = Measure.model_validate(settings)
-    write_text(folder / "config.yaml", yaml.safe_dump({"model": model, "task": plugin.dump(), "measure": measure.model_dump()}))
-    bench.measure(bench.load(model), measure, "model")
-    return _finish(bench)
+    options, measure = config.checked(Options, {"dtype": dtype}, "eval"), config.checked(Measure, settings, "eval")
+    bench = Bench(folder, _store(folder, None), plugin, options, seed, summary)
+    _write_config(folder, "eval", {"model": model, "task": plugin.dump(), "measure": measure.model_dump()})
+    with writing(folder):
+        bench.measure(bench.load(model), measure, "model")
+        return _finish(bench)
 
 
 def _bench(run_name: str, recipe: ModuleType, cfg: Any) -> Bench:
     folder = Path(cfg.output_dir or Path("runs") / run_name)
     store = _store(folder, cfg.store)
-    _check_owner(folder, _name(recipe))
-    resolved = {"recipe": _name(recipe)} | cfg.model_dump(mode="json")
-    write_text(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+    _write_config(folder, _name(recipe), cfg.model_dump(mode="json"))
     return Bench(folder, store, cfg.task, cfg.options, cfg.seed, _summary(run_name, recipe, cfg), cfg.limit)
 
 
@@ -83,8 +84,8 @@ def _store(folder: Path, store: str | None) -> Store:
     return Store(Path(store) if store else folder / "store")
 
 
-def _check_owner(folder: Path, recipe: str) -> None:
-    """A folder with another recipe's run is not written over."""
+def _write_config(folder: Path, recipe: str, settings: dict[str, Any]) -> None:
+    """Keep the resolved settings. A folder with another recipe's run is not written over."""
     path = folder / "config.yaml"
     if path.is_file():
         there = (yaml.safe_load(path.read_text()) or {}).get("recipe")
@@ -92,6 +93,8 @@ def _check_owner(folder: Path, recipe: str) -> None:
             raise RunError(
                 f"run folder {folder}", f"It holds a run of the recipe '{there}'.", "Set output_dir to another folder."
             )
+    with writing(folder):
+        write_text(path, yaml.safe_dump({"recipe": recipe} | settings, sort_keys=False))
 
 
 def _finish(bench: Bench) -> tuple[Path, Summary]:
@@ -103,13 +106,19 @@ def _finish(bench: Bench) -> tuple[Path, Summary]:
     return bench.run_dir, bench.summary
 
 
-def plan(name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """What a run would do: the resolved config, the steps, which are done, tokens and time."""
-    run_name, recipe, cfg = config.load(name, overrides)
+def _planned(run_name: str, recipe: ModuleType, cfg: Any) -> tuple[Bench, Planned]:
+    """Go through a recipe without doing or writing anything."""
     folder = Path(cfg.output_dir or Path("runs") / run_name)
     store = Planned(Path(cfg.store) if cfg.store else folder / "store")
     bench = Bench(folder, store, cfg.task, cfg.options, cfg.seed, _summary(run_name, recipe, cfg), cfg.limit)
     recipe.run(cfg, bench)
+    return bench, store
+
+
+def plan(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What a run would do: the resolved config, the steps, which are done, tokens and time."""
+    run_name, recipe, cfg = config.load(name, overrides)
+    bench, store = _planned(run_name, recipe, cfg)
     resolved = {"recipe": _name(recipe)} | cfg.model_dump(mode="json")
     speed = estimate.measure(Path(bench.load(cfg.model).folder), cfg.options.dtype)
     steps = [
@@ -120,7 +129,7 @@ def plan(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     todo = [step for step in steps if not step["done"]]
     return {
         "config": resolved,
-        "output_dir": str(folder),
+        "output_dir": str(bench.run_dir),
         "steps": steps,
         "tokens": sum(step["tokens"] for step in todo),
         "seconds": sum(step["seconds"] for step in todo),

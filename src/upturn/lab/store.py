@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from upturn import __version__
 from upturn.errors import RunError
 
 MANIFEST = "manifest.json"
+_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY),
+}
+"""What the system says of a full, broken or forbidden disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,27 +90,26 @@ class Store:
         if found := _find(self.folder, name, key):
             return found
         final, part = self.folder / f"{name}-{key}", self.folder / f"{name}-{key}.part"
-        try:
-            with FileLock(self.folder / f".{name}-{key}.lock"):
-                if found := _find(self.folder, name, key):
-                    return found
-                part.mkdir(exist_ok=True)
-                began = time.time()
-                facts = work(part)
-                manifest = {
-                    "step": name,
-                    "key": key,
-                    "code_version": version,
-                    "config": config,
-                    "inputs": list(inputs),
-                    "upturn": __version__,
-                    "seconds": round(time.time() - began, 3),
-                    "facts": facts,
-                }
-                write_json(part / MANIFEST, manifest)
-                os.replace(part, final)
-        except OSError as error:
-            raise unwritable(part, error) from error
+        with writing(part), FileLock(self.folder / f".{name}-{key}.lock"):
+            if found := _find(self.folder, name, key):
+                return found
+            part.mkdir(exist_ok=True)
+            began = time.time()
+            facts = work(part)
+            manifest = {
+                "step": name,
+                "key": key,
+                "code_version": version,
+                "config": config,
+                "inputs": list(inputs),
+                "upturn": __version__,
+                "seconds": round(time.time() - began, 3),
+                "facts": facts,
+            }
+            for stale in part.glob(".*"):  # half-written files of a killed process
+                stale.unlink()
+            write_json(part / MANIFEST, manifest)
+            os.replace(part, final)
         return Result(key, final, manifest, False)
 
 
@@ -125,6 +133,22 @@ def write_text(path: Path, text: str) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text(text)
     os.replace(scratch, path)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Make a message of a full disk or a folder that may not be written; all other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise unwritable(folder, error) from error
+    except SafetensorError as error:  # its writer gives the system's error as text
+        found = re.search(r"(?:os error|code:) (\d+)", str(error))
+        if not found or int(found[1]) not in _DISK:
+            raise
+        raise unwritable(folder, OSError(int(found[1]), os.strerror(int(found[1])))) from error
 
 
 def unwritable(path: Path, error: OSError) -> RunError:

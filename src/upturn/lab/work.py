@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from upturn.config import Plugin
 from upturn.engines import local, sampling
 from upturn.evaluation.summary import Summary
@@ -42,41 +44,41 @@ def generate(
     talk = chat.load(loaded.tokenizer, loaded.end_ids, s.request, s.options.layout)
     if talk.notice:
         progress.say(f"{s.label}: {talk.notice}")
+    engine = local.Local(loaded.model, talk, how, seed=s.seed, slots=s.options.slots)
+    engine.check(prompts)
     rule = partial(strategy.module.generate, cfg=strategy.cfg)
     size = s.options.chunk_prompts
     chunks = [prompts[first : first + size] for first in range(0, len(prompts), size)]
     total = len(prompts) * strategy.cfg.turns  # type: ignore[attr-defined]
-    counts = {"drafts": 0, "tokens": 0, "prompt_tokens": 0, "cached_tokens": 0}
+    merged = (s.folder / "drafts.jsonl").is_file()  # killed between the merge and the manifest
     with progress.track(s.label, total, "drafts") as bar:
-        for number, chunk in enumerate(chunks):
+        for number, chunk in enumerate([] if merged else chunks):
             path = s.folder / f"chunk-{number:05d}.jsonl"
             if path.is_file():
                 bar.advance(sum(len(json.loads(line)["drafts"]) for line in path.read_text().splitlines()))
                 continue
-            engine = local.Local(loaded.model, talk, how, seed=s.seed, slots=s.options.slots)
 
             def seen(draft: Draft) -> None:
                 bar.advance(1)
 
             attempts = engine.run(chunk, rule, seen)
             write_text(path, "".join(json.dumps(to_json(a), separators=(",", ":")) + "\n" for a in attempts))
-    return counts | _merge(s.folder)
+    return _merge(s.folder)
 
 
 def _merge(folder: Path) -> dict[str, int]:
-    counts = {"drafts": 0, "tokens": 0, "prompt_tokens": 0, "cached_tokens": 0}
-    parts = sorted(folder.glob("chunk-*.jsonl"))
-    texts = [part.read_text() for part in parts]
-    for text in texts:
-        for line in text.splitlines():
-            for draft in json.loads(line)["drafts"]:
-                counts["drafts"] += 1
-                counts["tokens"] += len(draft["token_ids"])
-                counts["prompt_tokens"] += draft["prompt_tokens"]
-                counts["cached_tokens"] += draft["cached_tokens"]
-    write_text(folder / "drafts.jsonl", "".join(texts))
+    whole, parts = folder / "drafts.jsonl", sorted(folder.glob("chunk-*.jsonl"))
+    if not whole.is_file():
+        write_text(whole, "".join(part.read_text() for part in parts))
     for part in parts:
         part.unlink()
+    counts = {"drafts": 0, "tokens": 0, "prompt_tokens": 0, "cached_tokens": 0}
+    for line in whole.read_text().splitlines():
+        for draft in json.loads(line)["drafts"]:
+            counts["drafts"] += 1
+            counts["tokens"] += len(draft["token_ids"])
+            counts["prompt_tokens"] += draft["prompt_tokens"]
+            counts["cached_tokens"] += draft["cached_tokens"]
     return counts
 
 
@@ -108,7 +110,8 @@ def train(
 
         outcome = training.run(loaded.model, job, log, reference.model if reference else None)
     load.save(loaded, s.folder / "model", card.stage(s.label, how.objective.dump(), len(pairs)))
-    shutil.rmtree(s.folder / "checkpoint", ignore_errors=True)
+    for name in training.CHECKPOINTS:
+        shutil.rmtree(s.folder / name, ignore_errors=True)
     return {
         "steps": outcome.num_steps,
         "tokens": outcome.tree_tokens,
@@ -120,10 +123,11 @@ def train(
 
 def publish(source: Path, target: Path, summary: Summary, about: str) -> None:
     """Copy the final model into the run folder with a model card that shows its turn table."""
-    scratch = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    shutil.copytree(source, scratch)
-    (scratch / "README.md").write_text(card.final(summary, about))
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(scratch, target)
+    scratch = target.with_name(f".{target.name}.part")
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.copytree(source, scratch)
+        (scratch / "README.md").write_text(card.final(summary, about))
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(scratch, target)

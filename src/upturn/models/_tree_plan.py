@@ -1,7 +1,8 @@
 """Attention over a token tree: one path for the CPU, one for CUDA, the same results.
 
-CPU    trees of similar size are gathered into one padded batch with a dense ancestor mask: trees are short, so
-       one call per batch beats one call per node, and every linear layer still runs on the flat tokens.
+CPU    the tree is cut into units: small subtrees, and the nodes above them. A unit's queries see its ancestors and
+       its own tokens. Units of similar size are gathered into one padded batch with a dense ancestor mask; every
+       linear layer still runs on the flat tokens.
 CUDA   FlexAttention with a block mask over the flat tokens (it has no backward pass on CPU).
 """
 
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 
 from upturn.models._attention import How, sdpa
-from upturn.trees import TokenTree
+from upturn.trees import Span, TokenTree
 
-PADDING_ALLOWED = 1.25
-"""A group of trees is closed when its padded size exceeds its real size by this factor."""
+UNIT_TOKENS = 192
+"""Subtrees up to this size are one unit; larger ones are cut into their node and their children's subtrees."""
+PADDING_ALLOWED = 1.4
+"""A group of units is closed when its padded area exceeds its real area by this factor."""
 
 
 class TreePlan:
@@ -37,53 +40,44 @@ class TreePlan:
         return self._flex(q, k, v, masks, how) if self.flex else self._grouped(q, k, v, masks, how)
 
     @cached_property
-    def _groups(self) -> list[Tensor]:
-        """Flat places `[B, L]` of trees of similar length, -1 where padded."""
-        roots = sorted(self.tree.roots, key=lambda root: root[1])
-        groups: list[list[tuple[int, int]]] = []
-        for root in roots:
+    def _groups(self) -> list[tuple[Tensor, Tensor]]:
+        """Flat places of queries `[B, Q]` and keys `[B, K]` of units of similar size, -1 where padded."""
+        units = sorted(_units(self.tree.spans), key=lambda unit: (len(unit[1]), len(unit[0])))
+        groups: list[list[tuple[list[int], list[int]]]] = []
+        real = 0
+        for unit in units:
+            area = len(unit[0]) * len(unit[1])
             if groups:
-                real = sum(length for _, length in groups[-1]) + root[1]
-                if (len(groups[-1]) + 1) * root[1] <= PADDING_ALLOWED * real:
-                    groups[-1].append(root)
+                widest = max(len(queries) for queries, _ in [*groups[-1], unit])
+                if (len(groups[-1]) + 1) * widest * len(unit[1]) <= PADDING_ALLOWED * (real + area):
+                    groups[-1].append(unit)
+                    real += area
                     continue
-            groups.append([root])
+            groups.append([unit])
+            real = area
         device = self.tree.ids_T.device
-        places = []
-        for group in groups:
-            width = max(length for _, length in group)
-            span = torch.arange(width, device=device)
-            starts = torch.tensor([start for start, _ in group], device=device)
-            lengths = torch.tensor([length for _, length in group], device=device)
-            places.append(
-                torch.where(span[None] < lengths[:, None], starts[:, None] + span[None], -1)
-            )
-        return places
+        return [(_padded([q for q, _ in g], device), _padded([k for _, k in g], device)) for g in groups]
 
     def _dense_masks(self, window: int | None) -> list[Tensor]:
+        ends_T, depth_T = self.tree.ends_T, self.tree.positions_T
         masks = []
-        for places in self._groups:
-            real = places >= 0
-            ends = self.tree.ends_T[places.clamp(min=0)]
-            depth = self.tree.positions_T[places.clamp(min=0)]
-            q, k = places[:, :, None], places[:, None, :]
-            mask = (k <= q) & (q < ends[:, None, :]) & real[:, None, :] & real[:, :, None]
+        for queries, keys in self._groups:
+            q, k = queries.clamp(min=0)[:, :, None], keys.clamp(min=0)[:, None, :]
+            mask = (k <= q) & (q < ends_T[k]) & (keys >= 0)[:, None, :]
             if window is not None:
-                mask &= depth[:, :, None] - depth[:, None, :] < window
-            width = places.shape[1]
-            itself = torch.eye(width, dtype=torch.bool, device=mask.device)
-            masks.append((mask | itself)[:, None])  # padding sees itself: no empty row, no NaN
+                mask &= depth_T[q] - depth_T[k] < window
+            mask[:, :, 0] |= (queries < 0) | ~mask.any(-1)  # no empty row, so no NaN; padded rows are dropped
+            masks.append(mask[:, None])
         return masks
 
     def _grouped(self, q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor], how: How) -> Tensor:
         q_T, k_T, v_T = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))  # [T, H, D]
         parts = []
-        for places, mask in zip(self._groups, masks, strict=True):
-            picked = places.clamp(min=0)
-            padded = (x[picked].transpose(1, 2) for x in (q_T, k_T, v_T))  # [B, H, L, D]
-            out = sdpa(*padded, mask, how).transpose(1, 2)
-            parts.append(out[places >= 0])
-        order = torch.cat([places[places >= 0] for places in self._groups])
+        for (queries, keys), mask in zip(self._groups, masks, strict=True):
+            q_B = q_T[queries.clamp(min=0)].transpose(1, 2)  # [B, H, Q, D]
+            k_B, v_B = (x[keys.clamp(min=0)].transpose(1, 2) for x in (k_T, v_T))
+            parts.append(sdpa(q_B, k_B, v_B, mask, how).transpose(1, 2)[queries >= 0])
+        order = torch.cat([queries[queries >= 0] for queries, _ in self._groups])
         flat = torch.cat(parts)
         return flat.new_empty(flat.shape).index_copy(0, order, flat)[None]
 
@@ -108,6 +102,31 @@ class TreePlan:
         grouped = q.shape[1] != k.shape[1]
         out = run(q, k, v, score_mod=score, block_mask=mask, scale=how.scaling, enable_gqa=grouped)
         return out.transpose(1, 2)
+
+
+def _units(spans: tuple[Span, ...]) -> list[tuple[list[int], list[int]]]:
+    """Flat places of the queries and keys of each unit; every token is a query once."""
+    above: list[list[int]] = []  # flat places of the ancestors of each node
+    whole: set[int] = set()  # nodes that stand inside a unit
+    units = []
+    for place, span in enumerate(spans):
+        parent = spans[span.parent] if span.parent >= 0 else None
+        path = [] if parent is None else [*above[span.parent], *range(parent.start, parent.start + parent.length)]
+        above.append(path)
+        if span.parent in whole:
+            whole.add(place)
+            continue
+        small = span.stop - span.start <= UNIT_TOKENS
+        if small:
+            whole.add(place)
+        own = list(range(span.start, span.stop if small else span.start + span.length))
+        units.append((own, path + own))
+    return units
+
+
+def _padded(rows: list[list[int]], device: torch.device) -> Tensor:
+    width = max(len(row) for row in rows)
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=device)
 
 
 _FLEX: list[Any] = []

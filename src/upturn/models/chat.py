@@ -90,7 +90,7 @@ def load(tokenizer: Any, model_end_ids: Sequence[int], request: str, layout: Lay
     if bridge is not None:
         return Chat(tokenizer, "conversation", ends, request, bridge[1:], bridge[0])
     if layout == "conversation":
-        raise ModelError(where, f"The chat template is not prefix-preserving: {why}.", "Set chat.layout=quoted.")
+        raise ModelError(where, f"The chat template is not prefix-preserving: {why}.", "Set options.layout=quoted.")
     return Chat(tokenizer, "quoted", ends, request, notice=f"drafts are quoted in one message, because {why}")
 
 

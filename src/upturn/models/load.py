@@ -105,7 +105,11 @@ def load(name: str, dtype: Dtype = "auto", *, trust_remote_code: bool = False, d
     ends = model.generation_config.eos_token_id if model.generation_config else None
     end_ids = tuple(ends) if isinstance(ends, (list, tuple)) else (() if ends is None else (ends,))
     place = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    return Loaded(model.to(place).eval(), tokenizer, name, end_ids)
+    try:
+        nn.Module.to(model, place)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {place}", _first_line(error), "Use another device, or device=auto.") from error
+    return Loaded(model.eval(), tokenizer, name, end_ids)
 
 
 def save(loaded: Loaded, folder: Path, card: str) -> None:

@@ -22,6 +22,8 @@ class Config(Strict):
     """The best draft against so many worse ones with distinct texts, in the order of `rejected`."""
     margin: float = Field(default=0.0, ge=0)
     """The least difference between the two scores; it is above 0 in any case."""
+    min_chosen: float | None = None
+    """The least score of a chosen draft; 1 asks for a right answer by a verifier."""
     labels: Literal["hard", "soft"] = "hard"
     """soft: p = sigmoid(score of the chosen - score of the rejected), in the scorer's units."""
     reject_cut: bool = False
@@ -31,7 +33,7 @@ class Config(Strict):
 def select(attempts: list[Attempt], cfg: Config, key: Key = text) -> Selection:
     """Up to `pairs_per_prompt` pairs of each scored attempt. Of equally good drafts the earliest is chosen.
 
-    Dropped: 'no score', 'cut' (none is complete), 'one draft', 'tied', 'margin', 'same text', and 'no further
+    Dropped: 'no score', 'cut' (none is complete), 'low' (below `min_chosen`), 'one draft', 'tied', 'margin', 'same text', and 'no further
     draft' for slots beyond the first.
     """
     return collect(attempts, lambda attempt: _choose(attempt, cfg), cfg.pairs_per_prompt)
@@ -44,6 +46,8 @@ def _choose(attempt: Attempt, cfg: Config) -> list[Pair] | str:
     if not complete:
         return "cut" if scored else "no score"
     best = max(complete, key=lambda draft: value[draft.index])
+    if cfg.min_chosen is not None and value[best.index] < cfg.min_chosen:
+        return "low"
     rivals = [draft for draft in (scored if cfg.reject_cut else complete) if draft is not best]
     gap = {draft.index: value[best.index] - value[draft.index] for draft in rivals}
     if not rivals:

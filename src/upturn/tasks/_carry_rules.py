@@ -1,9 +1,10 @@
 """Rules of the *carry* world: fixed-width addition, answered most significant digit first.
 
-A problem is a text such as ``"48391702+51608255"``: two zero-padded numbers of :data:`WIDTH` digits. The answer is
-their sum, written with ``WIDTH + 1`` digits, for example ``"099999957"``. Many places of a problem add up to exactly
-nine, so that a carry can travel far. Whoever writes the leading digit first has to look along the whole chain of
-nines; whoever reads a finished draft sees from each pair of neighbouring places whether they agree.
+A problem is a text such as ``"48391702+51608255"``: two zero-padded numbers of :data:`WIDTH` digits. The
+answer is their sum, written with ``WIDTH + 1`` digits, for example ``"099999957"``. Many places of a problem
+add up to exactly nine, so that a carry can travel far. Whoever writes the leading digit first has to look
+along the whole chain of nines; whoever reads a finished draft sees from each pair of neighbouring places
+whether they agree.
 
 This module needs nothing but the standard library.
 """
@@ -22,7 +23,7 @@ NINES = 0.5
 
 
 def make_problem(rng: random.Random) -> str:
-    """Draw one problem: each place adds up to nine with probability :data:`NINES`, and otherwise never does."""
+    """Draw one problem; each place adds up to nine with probability :data:`NINES`."""
     left, right = [], []
     for _ in range(WIDTH):
         a = rng.randrange(10)
@@ -43,8 +44,8 @@ def solve(text: str) -> str:
 def grade(text: str, answer: str) -> tuple[float, bool]:
     """Compare ``answer`` with the right answer to ``text``.
 
-    Returns the share of places that hold the right digit (a missing or a surplus place counts as wrong) and whether
-    the answer is exactly right. White space around the answer is ignored.
+    Returns the share of places that hold the right digit (a missing or a surplus place counts as wrong) and
+    whether the answer is exactly right. White space around the answer is ignored.
     """
     right, given = solve(text), answer.strip()
     same = sum(x == y for x, y in zip(right, given, strict=False))

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Learning from pairs: which rows, which batches, and the optimizer step."""

@@ -14,22 +14,22 @@ from upturn._model import Strict
 class Config(Strict):
     """Optimisation settings, with the names Transformers and TRL use."""
 
-    learning_rate: float = Field(1e-5, gt=0)
-    num_train_epochs: float = Field(1.0, gt=0)
+    learning_rate: float = Field(default=1e-5, gt=0)
+    num_train_epochs: float = Field(default=1.0, gt=0)
     """Passes over the pairs; a part of a pass is allowed."""
-    train_batch_size: int = Field(32, ge=1)
+    train_batch_size: int = Field(default=32, ge=1)
     """Pairs per optimizer step, over all micro-batches."""
-    max_tree_tokens: int = Field(4096, ge=1)
+    max_tree_tokens: int = Field(default=4096, ge=1)
     """Tokens of one micro-batch after folding. One prompt's tree is never cut."""
-    lr_scheduler_type: str = Field("cosine", pattern="^(constant|linear|cosine)$")
-    warmup_ratio: float = Field(0.0, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
+    lr_scheduler_type: str = Field(default="cosine", pattern="^(constant|linear|cosine)$")
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
-    max_grad_norm: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, ge=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many optimizer steps."""
-    save_seconds: float = Field(60.0, ge=0)
+    save_seconds: float = Field(default=60.0, ge=0)
     """Time between checkpoints; a kill costs at most this much. Never changes the result."""
 
     @model_validator(mode="after")

@@ -28,6 +28,8 @@ from upturn.training.optimizer import MasterAdamW
 from upturn.types import Pair, Sample
 
 Log = Callable[[dict[str, Any]], None]
+CHECKPOINTS = ("checkpoint", "checkpoint.part", "checkpoint.old")
+"""Folders that a training may leave in its folder; none is needed once the model is saved."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,53 @@
+# make install   environment in .venv           make demo    EVOLVE on the embedded world
+# make test      all that a change must pass    make bench   measure speed and memory
+
+# Idle threads sleep instead of spinning: neighbours on the machine keep their cores.
+export OMP_WAIT_POLICY := PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+VENV := .venv
+BIN := $(VENV)/bin
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+	if $$name -c '$(NEW_ENOUGH)' 2>/dev/null; then echo $$name; break; fi; done)
+# What pip is asked for first; everything else is built around it. Any other: make install TORCH=torch
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+
+.PHONY: help install demo test bench clean
+
+help:
+	@echo 'make install   build the environment in .venv (Python 3.11 or newer)'
+	@echo 'make demo      run EVOLVE on the embedded world and show its turn table'
+	@echo 'make test      lint, types and tests: all that a change must pass'
+	@echo 'make bench     measure speed and memory into benchmarks/results/'
+	@echo 'make clean     remove .venv and caches; runs/ stays'
+	@echo
+	@echo 'PYTHON=python3.12   another interpreter      TORCH=torch   another build of torch'
+
+install: $(VENV)/.installed
+
+# Made anew only when the dependencies changed.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo 'upturn needs Python 3.11 or newer: make install PYTHON=/path/to/python' >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	@$(BIN)/python -m pip freeze | sed -n 's/^\(torch==[^ ]*\).*/\1/p' >> $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/upturn run demo
+
+test: install
+	$(BIN)/ruff check
+	$(BIN)/pyright
+	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python benchmarks/tree_step.py
+	$(BIN)/python benchmarks/chain.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks scripts -name __pycache__ -type d -exec rm -rf {} +

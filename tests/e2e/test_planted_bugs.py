@@ -1,0 +1,34 @@
+"""The tests are worth something: each classic bug of preference training, once planted, makes one fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import planted
+import pytest
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every bug, planted in a copy of the package and met by the tests."""
+    folder = tmp_path_factory.mktemp("planted")
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    helper = [sys.executable, str(Path(__file__).with_name("planted.py")), str(folder)]
+    done = subprocess.run(helper, capture_output=True, text=True, env=one_thread, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "outcome.json").read_text())
+
+
+def test_the_untouched_copy_passes(outcome: dict[str, Any]):
+    assert outcome["none"]["code"] == 0, outcome["none"]["said"]
+
+
+@pytest.mark.parametrize("bug", planted.BUGS)
+def test_a_planted_bug_makes_a_test_fail(outcome: dict[str, Any], bug: str):
+    assert outcome[bug]["code"] == pytest.ExitCode.TESTS_FAILED, outcome[bug]["said"]
+    assert "1 failed" in outcome[bug]["said"]

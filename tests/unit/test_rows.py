@@ -1,0 +1,121 @@
+"""Rows: the samples of a pair; only the last answer is a target, and contexts hold the sampled ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from upturn.models import chat, load, policy
+from upturn.numerics import sum_by_sample
+from upturn.objectives import dpo, evolve, nll
+from upturn.objectives._base import Row
+from upturn.training import rows
+from upturn.types import Draft, Pair, Prompt
+
+EVERY: frozenset[Row] = frozenset(
+    (context, side) for context in ("direct", "improve", "keep") for side in ("chosen", "rejected")
+)
+END = 2
+
+
+def draft(index: int, *ids: int, cut: bool = False) -> Draft:
+    ids = ids if cut else (*ids, END)
+    return Draft(index, 1, (), "other text", ids, (0.0,) * len(ids), "length" if cut else "stop", 5, 0)
+
+
+@pytest.fixture(scope="module")
+def talk() -> chat.Chat:
+    return chat.load(tiny.tokenizer(), (END,), "again")
+
+
+@pytest.fixture
+def pair() -> Pair:
+    return Pair(Prompt("p", "1+1"), draft(0, 20, 21, 22), draft(1, 30, 31))
+
+
+def test_rows_stand_in_one_fixed_order():
+    expected = [
+        ("direct", "chosen"),
+        ("direct", "rejected"),
+        ("improve", "chosen"),
+        ("improve", "rejected"),
+        ("keep", "chosen"),
+        ("keep", "rejected"),
+    ]
+    assert rows.order(EVERY) == tuple(expected)
+    assert rows.order(nll.needs(nll.Config())) == (("direct", "chosen"), ("improve", "chosen"))
+    assert rows.order(dpo.needs(dpo.Config())) == (("direct", "chosen"), ("direct", "rejected"))
+
+
+def test_only_the_last_answer_is_a_target_and_contexts_hold_the_sampled_ids(talk: chat.Chat, pair: Pair):
+    order = rows.order(EVERY)
+    samples = dict(zip(order, rows.samples_of(pair, order, talk), strict=True))
+    question = talk.context("1+1", ())
+    for (_, side), sample in samples.items():
+        assert sample.target == getattr(pair, side).token_ids
+    assert samples["direct", "chosen"].context == question
+    # the texts of the drafts say something else: the ids that were sampled stand in the context, not the text
+    improve, keep = samples["improve", "chosen"].context, samples["keep", "chosen"].context
+    assert improve == (*question, 30, 31, END, *talk.bridge_ids)
+    assert keep == (*question, 20, 21, 22, END, *talk.bridge_ids)
+    assert samples["improve", "rejected"].context == improve
+
+
+def test_a_cut_draft_is_closed_in_the_context_and_never_as_a_target(talk: chat.Chat):
+    pair = Pair(Prompt("p", "1+1"), draft(0, 20), draft(1, 30, 31, cut=True))
+    improve, rejected = rows.samples_of(pair, (("improve", "chosen"), ("direct", "rejected")), talk)
+    assert improve.context == (*talk.context("1+1", ()), 30, 31, END, *talk.bridge_ids)
+    assert rejected.target == (30, 31)
+
+
+def test_a_pack_finds_every_row_and_counts_target_tokens_only(talk: chat.Chat, pair: Pair):
+    order = rows.order(evolve.needs(evolve.Config()))
+    other = Pair(Prompt("q", "2+2"), draft(0, 40), draft(1, 41, 42, 43))
+    groups = [rows.samples_of(each, order, talk) for each in (pair, other)]
+    packed = rows.pack(groups, order, [1.0, 0.7], [[0.0] * 6, [1.0] * 6])
+    assert {row: where.tolist() for row, where in packed.batch.rows.items()} == {
+        row: [place, place + 6] for place, row in enumerate(order)
+    }
+    assert packed.batch.num_tokens_S.tolist() == [4, 3, 4, 3, 4, 3, 2, 4, 2, 4, 2, 4]
+    assert torch.bincount(packed.batch.owner_N).tolist() == packed.batch.num_tokens_S.tolist()
+    assert packed.tree.targets_N.tolist()[:4] == [20, 21, 22, END]
+    assert packed.batch.p_P.tolist() == pytest.approx([1.0, 0.7])
+    assert packed.batch.reference_S is not None
+    assert packed.batch.reference_S.tolist() == [0.0] * 6 + [1.0] * 6
+
+
+def test_a_tree_is_smaller_than_its_rows(talk: chat.Chat, pair: Pair):
+    order = rows.order(EVERY)
+    samples = rows.samples_of(pair, order, talk)
+    folded = rows.pack([samples], order, [1.0], None)
+    apart = rows.pack([samples], order, [1.0], None, share=False)
+    assert (
+        rows.tree_size(samples)
+        == len(folded.tree.ids_T)
+        < len(apart.tree.ids_T)
+        == folded.tree.num_row_tokens
+    )
+
+
+def test_the_score_of_a_row_is_that_of_its_answer_alone(tiny_model: Path, pair: Pair):
+    loaded = load.load(str(tiny_model), "float32", device="cpu")
+    policy.use_plans(loaded.model)
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, "again")
+    order = rows.order(EVERY)
+    packed = rows.pack([rows.samples_of(pair, order, talk)], order, [1.0], None)
+    with torch.no_grad():
+        logprobs_N = policy.tree_logprobs(loaded.model, packed.tree)
+        sums_S = sum_by_sample(logprobs_N, packed.batch.owner_N, 6)
+    model: Any = loaded.model
+    model.set_attn_implementation("eager")
+    for value, sample in zip(sums_S.tolist(), rows.samples_of(pair, order, talk), strict=True):
+        ids = [*sample.context, *sample.target]
+        with torch.no_grad():
+            logprobs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        first = len(sample.context)
+        answer = sum(logprobs[place - 1, ids[place]].item() for place in range(first, len(ids)))
+        assert value == pytest.approx(answer, abs=1e-4)
