@@ -184,8 +184,6 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
         record[arm] = {
             "computed_tokens": sum(len(p.tree.ids_T) for p in packed),
             "micro_batches": len(packed),
-            "root_trees": sum(len(p.tree.roots) for p in packed),
-            "longest_root": max(length for p in packed for _, length in p.tree.roots),
             "seconds": seconds[arm],
             "median_seconds": middle,
             "logical_tokens_per_second": round(logical / middle, 1),

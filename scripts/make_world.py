@@ -213,9 +213,7 @@ def pretrain(model: LlamaForCausalLM, phase: Phase, seed: int, size: int) -> Non
 
 
 @torch.no_grad()
-def measure(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, size: int = 1000
-) -> dict[str, float]:
+def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, size: int = 1000) -> dict[str, float]:
     """Share of right answers, sampled at temperature 1: first turn, and second turn after either word."""
     model.eval()
     generator: Any = model  # the stub of generate() is stricter than the method
@@ -224,9 +222,7 @@ def measure(
     texts = [make_problem(rng) for _ in range(size)]
 
     def ask(chats: list[list[dict[str, str]]]) -> list[str]:
-        rendered = [
-            str(tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False)) for c in chats
-        ]
+        rendered = [str(tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False)) for c in chats]
         inputs = tokenizer(rendered, add_special_tokens=False, padding=True, return_tensors="pt")
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         out = generator.generate(

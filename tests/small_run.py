@@ -44,9 +44,7 @@ def lasting(run: Path) -> dict[str, Any]:
     return {
         str(path.relative_to(run)): _content(path)
         for path in sorted(run.rglob("*"))
-        if path.is_file()
-        and not path.name.startswith(".")
-        and path.name not in ("config.yaml", "report.html")
+        if path.is_file() and not path.name.startswith(".") and path.name not in ("config.yaml", "report.html")
     }
 
 

@@ -124,10 +124,7 @@ def test_torch_is_at_the_top_only_where_tensors_are_the_matter():
     found = {
         room_of(path)
         for path in files()
-        if any(
-            name.split(".")[0] in ("torch", "transformers")
-            for name in imported(ast.parse(path.read_text()).body)
-        )
+        if any(name.split(".")[0] in ("torch", "transformers") for name in imported(ast.parse(path.read_text()).body))
     }
     assert found <= TORCH_AT_THE_TOP
 

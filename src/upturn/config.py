@@ -168,9 +168,7 @@ def checked(model: type[Model], data: dict[str, Any], where: str) -> Model:
         return model.model_validate(data)
     except ValidationError as error:
         problems = _problems(error, model)
-        raise ConfigError(
-            f"{_count(problems)} in {where}", _listing(problems), "Mend these and run again."
-        ) from None
+        raise ConfigError(f"{_count(problems)} in {where}", _listing(problems), "Mend these and run again.") from None
 
 
 def _count(problems: list[_Problem]) -> str:
@@ -231,5 +229,7 @@ def plugin(room: str, value: Any) -> Plugin:
     except PydanticCustomError as error:
         context = error.context or {}
         if "problems" in context:
-            raise ConfigError(f"{_count(context['problems'])} in {room}", _listing(context["problems"]), "Mend these.") from None
+            raise ConfigError(
+                f"{_count(context['problems'])} in {room}", _listing(context["problems"]), "Mend these."
+            ) from None
         raise ConfigError(room, context["what"], context["mend"]) from None

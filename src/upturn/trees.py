@@ -65,9 +65,7 @@ class TokenTree:
             name: getattr(self, name).to(device)
             for name in ("ids_T", "positions_T", "ends_T", "predictors_N", "targets_N", "owner_N")
         }
-        return TokenTree(
-            **moved, num_samples=self.num_samples, spans=self.spans, num_row_tokens=self.num_row_tokens
-        )
+        return TokenTree(**moved, num_samples=self.num_samples, spans=self.spans, num_row_tokens=self.num_row_tokens)
 
 
 def build(samples: Sequence[Sample], *, share: bool = True) -> TokenTree:

@@ -107,7 +107,7 @@ def attempt_from_json(data: dict[str, Any]) -> Attempt:
 
 def draft_from_json(data: dict[str, Any]) -> Draft:
     """The inverse of `to_json` for a draft."""
-    lists = {name: tuple(data[name]) for name in ("parents", "token_ids", "sampler_logprobs")}
+    lists: dict[str, Any] = {name: tuple(data[name]) for name in ("parents", "token_ids", "sampler_logprobs")}
     return Draft(**(data | lists))
 
 

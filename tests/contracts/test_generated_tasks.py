@@ -12,9 +12,7 @@ from pydantic import ValidationError
 from upturn import registry
 from upturn.tasks._base import Task
 
-ODD_TEXT = st.text(max_size=80) | st.sampled_from(
-    ["", " ", "\n", "\x00", "\ud800", ".", "?!", "“”", "9" * 500]
-)
+ODD_TEXT = st.text(max_size=80) | st.sampled_from(["", " ", "\n", "\x00", "\ud800", ".", "?!", "“”", "9" * 500])
 
 
 def generated() -> list[str]:

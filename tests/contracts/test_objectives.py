@@ -84,7 +84,7 @@ def test_a_missing_row_is_a_named_error(name: str):
     cfg: Any = module.Config()
     logprobs, batch = batch_of(module.needs(cfg), 1)
     bare = Batch(batch.owner_N, batch.num_tokens_S, {}, batch.p_P, batch.reference_S)
-    with pytest.raises(ValueError, match="answer in the (direct|improve|keep) context"):
+    with pytest.raises(ValueError, match=r"answer in the (direct|improve|keep) context"):
         module.loss(logprobs, bare, cfg)
 
 
@@ -179,11 +179,17 @@ def test_a_tie_rests_at_zero_margin():
 
 
 @pytest.mark.parametrize(("sides", "expected"), [("both", (1.0, 1.0)), ("improve", (1.0, 0.0)), ("keep", (0.0, 1.0))])
-def test_hard_labels_pull_margins_to_half_over_beta_and_one_side_leaves_the_other(sides: Any, expected: tuple[float, float]):
+def test_hard_labels_pull_margins_to_half_over_beta_and_one_side_leaves_the_other(
+    sides: Any, expected: tuple[float, float]
+):
     # tabular policy: one token per sample, 4 free log-ratios; beta 0.5 -> target 1 / (2 * 0.5) = 1 nat
     order: list[Row] = [("improve", "chosen"), ("improve", "rejected"), ("keep", "chosen"), ("keep", "rejected")]
     batch = Batch(
-        torch.arange(4), torch.ones(4), {row: torch.tensor([i]) for i, row in enumerate(order)}, torch.ones(1), torch.zeros(4)
+        torch.arange(4),
+        torch.ones(4),
+        {row: torch.tensor([i]) for i, row in enumerate(order)},
+        torch.ones(1),
+        torch.zeros(4),
     )
     gains = torch.zeros(4, dtype=torch.float64, requires_grad=True)
     for _ in range(400):

@@ -164,9 +164,7 @@ def full_disk(recipe: Path) -> list[dict[str, Any]]:
 def scenarios(folder: Path) -> dict[str, Any]:
     """All of them, each in a folder of its own."""
     model = tiny.save(folder / "model", characters=tiny.SUMS)
-    recipes = {
-        n: small_run.write(folder / f"{n}.yaml", model, **SMALLER) for n in ("whole", "killed", "two", "full")
-    }
+    recipes = {n: small_run.write(folder / f"{n}.yaml", model, **SMALLER) for n in ("whole", "killed", "two", "full")}
     long = small_run.write(folder / "long.yaml", model, measure={"prompts": 20_000, "turns": 2})
     load.load(str(model))  # what is imported late is imported now
     config.load(str(long))

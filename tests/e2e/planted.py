@@ -73,9 +73,7 @@ BUGS = {
 
 def plant(bug: Bug | None, folder: Path) -> Path:
     """A copy of the package with the bug in it."""
-    copy = shutil.copytree(
-        ROOT / "src" / "upturn", folder / "upturn", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    copy = shutil.copytree(ROOT / "src" / "upturn", folder / "upturn", ignore=shutil.ignore_patterns("__pycache__"))
     if bug:
         path = copy / bug.file
         source = path.read_text()
@@ -96,9 +94,7 @@ def verdict(bug: Bug | None, folder: Path) -> dict[str, object]:
 
             assert Path(str(upturn.__file__)).is_relative_to(source)
             with said.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-                code = int(
-                    pytest.main(["-x", "--assert=plain", "--tb=line", "-p", "no:cacheprovider", *TESTS])
-                )
+                code = int(pytest.main(["-x", "--assert=plain", "--tb=line", "-p", "no:cacheprovider", *TESTS]))
             assert sys.modules["upturn"] is upturn
         except BaseException:
             code = 71
@@ -112,7 +108,5 @@ def verdict(bug: Bug | None, folder: Path) -> dict[str, object]:
 if __name__ == "__main__":
     os.chdir(ROOT)
     here = Path(sys.argv[1])
-    found = {
-        name: verdict(bug, here / name.replace(" ", "-")) for name, bug in {"none": None, **BUGS}.items()
-    }
+    found = {name: verdict(bug, here / name.replace(" ", "-")) for name, bug in {"none": None, **BUGS}.items()}
     (here / "outcome.json").write_text(json.dumps(found))

@@ -104,9 +104,7 @@ def test_the_resolved_config_is_the_same_run(config: Path, run: tuple[Path, Summ
     assert [step["key"] for step in again["steps"]] == [key for _, key in steps(run[0])]
 
 
-def test_a_changed_setting_redoes_only_what_depends_on_it(
-    config: Path, run: tuple[Path, Summary], tmp_path: Path
-):
+def test_a_changed_setting_redoes_only_what_depends_on_it(config: Path, run: tuple[Path, Summary], tmp_path: Path):
     shared = [f"store={run[0] / 'store'}", f"output_dir={tmp_path / 'other'}"]
     settings = [*shared, "prefer.train.learning_rate=2e-3"]
     todo = [step["name"] for step in session.plan(str(config), settings)["steps"] if not step["done"]]
@@ -116,9 +114,7 @@ def test_a_changed_setting_redoes_only_what_depends_on_it(
     assert "train sft" not in todo and "generate iteration 1" not in todo
 
 
-def test_settings_that_cannot_change_the_result_redo_nothing(
-    config: Path, run: tuple[Path, Summary], tmp_path: Path
-):
+def test_settings_that_cannot_change_the_result_redo_nothing(config: Path, run: tuple[Path, Summary], tmp_path: Path):
     settings = [
         "prefer.train.save_seconds=0",
         f"store={run[0] / 'store'}",

@@ -192,9 +192,7 @@ def test_a_model_without_chat_template_is_refused(fails: Run, tmp_path: Path):
     assert "It has no chat template" in fails(f"model={plain}")
 
 
-def test_a_template_that_keeps_no_prefix_is_refused_where_a_conversation_is_wanted(
-    fails: Run, tmp_path: Path
-):
+def test_a_template_that_keeps_no_prefix_is_refused_where_a_conversation_is_wanted(fails: Run, tmp_path: Path):
     odd = tiny.save(tmp_path / "odd", template=HEADLESS, characters=tiny.SUMS)
     said = fails(f"model={odd}", "options.layout=conversation")
     assert "The chat template is not prefix-preserving" in said
@@ -202,9 +200,7 @@ def test_a_template_that_keeps_no_prefix_is_refused_where_a_conversation_is_want
     done = CliRunner().invoke(
         app, ["eval", "-m", str(odd), "--task", "carry", "-n", "2", "--output-dir", str(tmp_path / "e")]
     )
-    assert done.exit_code == 0 and "drafts are quoted in one message, because" in done.stderr.replace(
-        "\n", " "
-    )
+    assert done.exit_code == 0 and "drafts are quoted in one message, because" in done.stderr.replace("\n", " ")
 
 
 @pytest.mark.parametrize("device", ["abacus", "cuda:99"])
@@ -250,9 +246,7 @@ def test_a_prompt_longer_than_the_context_is_refused_before_any_work(fails: Run,
 
 
 def test_too_few_prompts_for_a_late_step_are_noticed_before_the_first(fails: Run, tmp_path: Path):
-    assert "It has no prompts from place 60 on." in fails(
-        with_data(rows(tmp_path, *sums(60))), "activate.prompts=60"
-    )
+    assert "It has no prompts from place 60 on." in fails(with_data(rows(tmp_path, *sums(60))), "activate.prompts=60")
     assert not (tmp_path / "first").exists()
 
 

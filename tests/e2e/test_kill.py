@@ -64,9 +64,7 @@ def test_a_run_killed_at_every_step_ends_like_an_unbroken_one(
     assert_same(small_run.lasting(place / "killed"), unbroken, "killed")
 
 
-def test_kills_came_at_every_boundary_and_inside_generation_and_training(
-    place: Path, outcome: dict[str, Any]
-):
+def test_kills_came_at_every_boundary_and_inside_generation_and_training(place: Path, outcome: dict[str, Any]):
     events = outcome["killed"]["events"]
     boundaries = [event for event in events if event.startswith("rename to store/")]
     assert len(boundaries) == len(list((place / "whole" / "steps").iterdir()))
@@ -90,14 +88,10 @@ def test_a_killed_run_leaves_no_rubbish_in_the_store(place: Path, outcome: dict[
     assert not [name for name in folders if name.endswith(".part")]
     for folder in (place / "killed" / "store").iterdir():
         if folder.is_dir():
-            assert not [
-                path.name for path in folder.iterdir() if path.name.startswith((".", "checkpoint", "chunk"))
-            ]
+            assert not [path.name for path in folder.iterdir() if path.name.startswith((".", "checkpoint", "chunk"))]
 
 
-def test_two_processes_on_one_folder_do_no_harm(
-    place: Path, outcome: dict[str, Any], unbroken: dict[str, Any]
-):
+def test_two_processes_on_one_folder_do_no_harm(place: Path, outcome: dict[str, Any], unbroken: dict[str, Any]):
     assert outcome["two"]["codes"] == [0, 0], (place / "two.out").read_text()
     assert_same(small_run.lasting(place / "two"), unbroken, "two")
 
@@ -116,9 +110,7 @@ def test_a_full_disk_is_one_message_and_the_next_run_goes_on(
     for attempt, step in zip(full, ("generate", "train"), strict=True):
         assert attempt["code"] == 2
         assert "Traceback" not in attempt["said"]
-        assert (
-            f"store/{step}-" in attempt["said"] and "It cannot be written: File too large." in attempt["said"]
-        )
+        assert f"store/{step}-" in attempt["said"] and "It cannot be written: File too large." in attempt["said"]
         assert "finished work is kept" in attempt["said"]
     assert enough["code"] == 0
     assert_same(small_run.lasting(place / "full"), unbroken, "full")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import tiny
 
@@ -13,7 +15,7 @@ STRIPS_HISTORY = tiny.TEMPLATE.replace("<a>{{ m['content'] }}", "<a>{{ m['conten
 OTHER_PREFIX = tiny.TEMPLATE.replace("{% if add_generation_prompt %}<a>", "{% if add_generation_prompt %}<a> ")
 
 
-def draft(text: str, words, finish: str = "stop") -> Draft:
+def draft(text: str, words: Any, finish: str = "stop") -> Draft:
     ids = tuple(words(text, add_special_tokens=False)["input_ids"]) + ((2,) if finish == "stop" else ())
     return Draft(0, 1, (), text, ids, (0.0,) * len(ids), finish, 3, 0)  # type: ignore[arg-type]
 
@@ -49,7 +51,11 @@ def test_the_rendering_equals_the_template_of_the_whole_conversation():
 
 @pytest.mark.parametrize(
     ("template", "why"),
-    [(STRIPS_HISTORY, "word for word"), (OTHER_PREFIX, "rendered differently"), (tiny.TEMPLATE.replace("</s>", ""), "end token")],
+    [
+        (STRIPS_HISTORY, "word for word"),
+        (OTHER_PREFIX, "rendered differently"),
+        (tiny.TEMPLATE.replace("</s>", ""), "end token"),
+    ],
 )
 def test_a_template_that_is_not_prefix_preserving_is_quoted_with_a_notice(template: str, why: str):
     words = tiny.tokenizer(template)

@@ -44,9 +44,7 @@ def test_plug_ins_come_with_their_own_validated_configs(path: Path):
 
 
 def test_overrides_reach_any_depth_and_names_become_plug_ins(path: Path):
-    cfg = loaded(
-        path, "seed=7", "prefer.objective.dpo.beta=0.3", "sft.objective.keep=0.5", "collect.strategy=star"
-    )
+    cfg = loaded(path, "seed=7", "prefer.objective.dpo.beta=0.3", "sft.objective.keep=0.5", "collect.strategy=star")
     assert cfg.seed == 7
     assert cfg.prefer.objective.cfg == evolve.Config(alpha=0.5, dpo=dpo.Config(beta=0.3))
     assert (cfg.sft.objective.name, cfg.sft.objective.cfg.keep) == ("nll", 0.5)

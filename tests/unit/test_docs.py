@@ -20,9 +20,7 @@ from upturn.objectives._base import Batch, Row
 from upturn.types import Attempt, Draft, Prompt, Score
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + [
-    *(ROOT / "docs").glob("*.md")
-]
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + [*(ROOT / "docs").glob("*.md")]
 
 
 def blocks(document: str, language: str) -> list[str]:

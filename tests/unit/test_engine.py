@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 import tiny
+import torch
 
 from upturn import trees
 from upturn.engines import local, sampling

@@ -148,15 +148,11 @@ def test_a_broken_line_of_drafts_is_named(run_dir: Path):
 def test_the_verdict_says_what_the_interval_allows():
     good = verdict(summary_of(chains(2, 20, 78), chains(0, 0, 100), chains(30, 2, 68)))
     # 30 better, 2 worse of 100: +28 points; before training 2 - 20: -18 points
-    assert good.startswith(
-        "After 1 iteration, a second turn is right 28.0 points more often than the first ("
-    )
+    assert good.startswith("After 1 iteration, a second turn is right 28.0 points more often than the first (")
     assert "Before training, refining lost 18.0 points (interval −" in good
     assert "The first turn went from 98.0% to 70.0%." in good
     unclear = verdict(summary_of(chains(6, 4, 90)))
-    assert unclear.startswith(
-        "A second turn is not clearly better or worse than the first: +2.0 points (95% int"
-    )
+    assert unclear.startswith("A second turn is not clearly better or worse than the first: +2.0 points (95% int")
     worse = verdict(summary_of(chains(1, 21, 78)))
     assert worse.startswith("A second turn is right 20.0 points less often than the first (95% interval −")
     stopped = summary_of(chains(6, 4, 90)).model_copy(update={"status": "running"})

@@ -93,12 +93,7 @@ def test_a_tree_is_smaller_than_its_rows(talk: chat.Chat, pair: Pair):
     samples = rows.samples_of(pair, order, talk)
     folded = rows.pack([samples], order, [1.0], None)
     apart = rows.pack([samples], order, [1.0], None, share=False)
-    assert (
-        rows.tree_size(samples)
-        == len(folded.tree.ids_T)
-        < len(apart.tree.ids_T)
-        == folded.tree.num_row_tokens
-    )
+    assert rows.tree_size(samples) == len(folded.tree.ids_T) < len(apart.tree.ids_T) == folded.tree.num_row_tokens
 
 
 def test_the_score_of_a_row_is_that_of_its_answer_alone(tiny_model: Path, pair: Pair):

@@ -18,14 +18,10 @@ from upturn.types import Attempt, Draft, Pair, Prompt, Score
 NAN = math.nan
 
 
-def attempt(
-    values: list[float], texts: str = "abcdefgh", cut: tuple[int, ...] = (), name: str = "p"
-) -> Attempt:
+def attempt(values: list[float], texts: str = "abcdefgh", cut: tuple[int, ...] = (), name: str = "p") -> Attempt:
     """A chain: one draft for each value, right where it is 1; one letter is its text."""
     drafts = tuple(
-        Draft(
-            i, i + 1, (i - 1,) if i else (), texts[i], (i,), (-1.0,), "length" if i in cut else "stop", 5, 0
-        )
+        Draft(i, i + 1, (i - 1,) if i else (), texts[i], (i,), (-1.0,), "length" if i in cut else "stop", 5, 0)
         for i in range(len(values))
     )
     return Attempt(Prompt(name, "?"), drafts, tuple(Score(value, value == 1) for value in values))
@@ -35,9 +31,7 @@ def indices(selection: Selection) -> list[tuple[int, int]]:
     return [(pair.chosen.index, pair.rejected.index) for pair in selection.pairs]
 
 
-def best(
-    values: list[float], *, texts: str = "abcdefgh", cut: tuple[int, ...] = (), **config: Any
-) -> Selection:
+def best(values: list[float], *, texts: str = "abcdefgh", cut: tuple[int, ...] = (), **config: Any) -> Selection:
     return best_vs_worst.select([attempt(values, texts, cut)], best_vs_worst.Config(**config))
 
 
@@ -52,9 +46,7 @@ class TestBestVsWorst:
     def test_of_equally_good_drafts_the_earliest_is_chosen(self):
         assert indices(best([0.0, 1.0, 1.0])) == [(1, 0)]
 
-    @pytest.mark.parametrize(
-        ("rejected", "expected"), [("worst", [(2, 1), (2, 0)]), ("nearest", [(2, 3), (2, 0)])]
-    )
+    @pytest.mark.parametrize(("rejected", "expected"), [("worst", [(2, 1), (2, 0)]), ("nearest", [(2, 3), (2, 0)])])
     def test_several_pairs_in_the_order_asked_for(self, rejected: str, expected: list[tuple[int, int]]):
         assert indices(best([0.5, 0.2, 1.0, 0.7], rejected=rejected, pairs_per_prompt=2)) == expected
 
@@ -154,9 +146,7 @@ class TestRightVsWrong:
             ([0.0, NAN, 1.0], (2, 0)),
         ],
     )
-    def test_the_first_right_one_against_the_nearest_wrong_one(
-        self, values: list[float], pair: tuple[int, int]
-    ):
+    def test_the_first_right_one_against_the_nearest_wrong_one(self, values: list[float], pair: tuple[int, int]):
         assert indices(self.select(attempt(values))) == [pair]
 
     @pytest.mark.parametrize(
@@ -176,9 +166,7 @@ class TestRightVsWrong:
 
 class TestConsistency:
     def select(self, one: Attempt, **config: Any) -> Selection:
-        return consistency.select(
-            [one], consistency.Config(**config), lambda _, answer: answer.strip("_!").lower()
-        )
+        return consistency.select([one], consistency.Config(**config), lambda _, answer: answer.strip("_!").lower())
 
     def test_the_last_three_agree_by_key_and_the_first_does_not(self):
         assert indices(self.select(attempt([0.0] * 4, "abBb"))) == [(3, 0)]

@@ -24,12 +24,8 @@ from upturn.types import Prompt
 
 DATA = Path(os.environ.get("UPTURN_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 GSM8K, MATH500 = DATA / "gsm8k", DATA / "math500"
-needs_gsm8k = pytest.mark.skipif(
-    not GSM8K.exists(), reason="no gsm8k folder; set UPTURN_DATA to the data folder"
-)
-needs_math500 = pytest.mark.skipif(
-    not MATH500.exists(), reason="no math500 folder; set UPTURN_DATA to the data folder"
-)
+needs_gsm8k = pytest.mark.skipif(not GSM8K.exists(), reason="no gsm8k folder; set UPTURN_DATA to the data folder")
+needs_math500 = pytest.mark.skipif(not MATH500.exists(), reason="no math500 folder; set UPTURN_DATA to the data folder")
 needs_math_verify = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="the extra 'math' is not installed"
 )
@@ -50,9 +46,7 @@ def texts(task: Task, split: Any) -> list[str]:
 
 
 class TestKeywords:
-    prompt = Prompt(
-        "p", 'Write one sentence of at most 15 words that uses the words "dog", "run" and "blue".'
-    )
+    prompt = Prompt("p", 'Write one sentence of at most 15 words that uses the words "dog", "run" and "blue".')
     task = keywords.load(keywords.Config())
 
     @pytest.mark.parametrize(
@@ -270,9 +264,7 @@ class TestData:
             ("python:operator.eq", "x", "x", None),
         ],
     )
-    def test_a_verifier_by_name(
-        self, tmp_path: Path, verifier: str, reference: Any, answer: str, right: bool
-    ):
+    def test_a_verifier_by_name(self, tmp_path: Path, verifier: str, reference: Any, answer: str, right: bool):
         path = write(tmp_path / "test.jsonl", {"prompt": "Where?", "answer": reference})
         task = data.load(data.Config(data=str(path), verifier=verifier))
         [prompt] = task.prompts("test", 0, 5)
@@ -290,12 +282,8 @@ class TestData:
         half, full = task.grade(prompt, "rq"), task.grade(prompt, "other")
         assert (half.value, half.right, full.value, full.right) == (0.5, False, 1.0, True)
 
-    @pytest.mark.parametrize(
-        ("value", "what"), [(2, "gave 2.0"), (arithmetic.nan, "gave nan"), ("x", "ValueError")]
-    )
-    def test_an_odd_value_of_ones_own_verifier_is_named(
-        self, tmp_path: Path, own: ModuleType, value: Any, what: str
-    ):
+    @pytest.mark.parametrize(("value", "what"), [(2, "gave 2.0"), (arithmetic.nan, "gave nan"), ("x", "ValueError")])
+    def test_an_odd_value_of_ones_own_verifier_is_named(self, tmp_path: Path, own: ModuleType, value: Any, what: str):
         own.judge = lambda *_: value  # pyright: ignore
         path = write(tmp_path / "test.jsonl", {"prompt": "q", "answer": "r"})
         task = data.load(data.Config(data=str(path), verifier="python:own_verifier.judge"))

@@ -36,7 +36,14 @@ def job(loaded: load.Loaded, folder: Path, objective: Any = evolve, cfg: Any = N
     settings = {"learning_rate": 1e-3, "train_batch_size": 3, "save_seconds": 1e9} | settings
     folder.mkdir(exist_ok=True, parents=True)
     return train.Job(
-        objective, cfg or objective.Config(), pairs_of(loaded.tokenizer), talk, plan.Config(**settings), 0, "test", folder
+        objective,
+        cfg or objective.Config(),
+        pairs_of(loaded.tokenizer),
+        talk,
+        plan.Config(**settings),
+        0,
+        "test",
+        folder,
     )
 
 
@@ -100,7 +107,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_repro(tiny_model: Path, tmp_path
 
     broken = SimpleNamespace(needs=nll.needs, uses_reference=nll.uses_reference, loss=explode, Config=nll.Config)
     loaded = fresh(tiny_model)
-    with pytest.raises(RunError, match="step 1\n.*nan"):
+    with pytest.raises(RunError, match=r"step 1\n.*nan"):
         train.run(loaded.model, job(loaded, tmp_path, broken), lambda entry: None)
     repro = json.loads((tmp_path / "repro-step-1.json").read_text())
     assert repro["prompts"] and repro["samples"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from upturn import trees
 from upturn.models import _tree_plan, policy
 from upturn.types import Sample
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 50,
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -18,9 +18,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "summary.md"
 
 
 def draft(index: int, turn: int, parents: tuple[int, ...], text: str, tokens: int = 3) -> Draft:
-    return Draft(
-        index, turn, parents, text, (7,) * tokens, (-0.5,) * tokens, "stop", 10 * turn, 10 * turn - 10
-    )
+    return Draft(index, turn, parents, text, (7,) * tokens, (-0.5,) * tokens, "stop", 10 * turn, 10 * turn - 10)
 
 
 def chain(id: str, *right: bool) -> Attempt:

@@ -147,7 +147,9 @@ def evaluate(
 @app.command(name="list")
 @friendly
 def list_(
-    what: Annotated[str | None, typer.Argument(help="tasks, recipes, objectives, strategies, scorers, selection, configs.")] = None,
+    what: Annotated[
+        str | None, typer.Argument(help="tasks, recipes, objectives, strategies, scorers, selection, configs.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What there is to choose from."""

@@ -14,7 +14,9 @@ ROOMS = (*registry.ROOMS, "configs")
 def catalogue(what: str | None) -> dict[str, dict[str, str]]:
     """Room -> plug-in -> first line of its docstring."""
     if what is not None and what not in ROOMS:
-        raise ConfigError(f"list {what}", "There is nothing of this name to list.", f"Choose one of: {', '.join(ROOMS)}.")
+        raise ConfigError(
+            f"list {what}", "There is nothing of this name to list.", f"Choose one of: {', '.join(ROOMS)}."
+        )
     return {room: _entries(room) for room in ([what] if what else ROOMS)}
 
 
@@ -71,6 +73,12 @@ def _show(console: Any, draft: Draft, seen: list[Draft]) -> None:
 
     cut = "" if draft.complete else ", cut at the length limit"
     same = bool(seen) and seen[-1].text == draft.text
-    console.print(f"Turn {draft.turn}{' (unchanged)' if same else ''} [{len(draft.token_ids)} tokens{cut}]", style="bold", markup=False)
-    console.print(terminal.diff(seen[-1].text, draft.text) if seen and not same else draft.text, highlight=False, markup=False)
+    console.print(
+        f"Turn {draft.turn}{' (unchanged)' if same else ''} [{len(draft.token_ids)} tokens{cut}]",
+        style="bold",
+        markup=False,
+    )
+    console.print(
+        terminal.diff(seen[-1].text, draft.text) if seen and not same else draft.text, highlight=False, markup=False
+    )
     console.print()

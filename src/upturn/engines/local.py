@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +57,6 @@ class Local:
     """Engine over a `transformers` model in this process."""
 
     def __init__(self, model: nn.Module, chat: Chat, cfg: sampling.Config, *, seed: int, slots: int = 64) -> None:
-        policy.use_plans(model)
         self.model, self.chat, self.cfg, self.seed, self.num_slots = model.eval(), chat, cfg, seed, slots
         self.device = next(model.parameters()).device
         config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
@@ -83,8 +83,17 @@ class Local:
         self, prompts: Sequence[Prompt], generate: Generate, on_draft: Callable[[Draft], None] = lambda draft: None
     ) -> list[Attempt]:
         """Run a strategy over all prompts; attempts come back in the order of the prompts."""
-        with torch.inference_mode():
-            return asyncio.run(self._run(prompts, generate, on_draft))
+
+        def work() -> list[Attempt]:
+            with torch.inference_mode():
+                return asyncio.run(self._run(prompts, generate, on_draft))
+
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return work()
+        with ThreadPoolExecutor(1) as pool:  # a notebook has a loop of its own
+            return pool.submit(work).result()
 
     async def _run(
         self, prompts: Sequence[Prompt], generate: Generate, on_draft: Callable[[Draft], None]

@@ -252,7 +252,9 @@ class Bench:
             return jobs.train(start, other, pairs.read(), how, self._settings(label, folder))
 
         rows = len(how.objective.module.needs(how.objective.cfg))
-        guess = {"tokens": estimate.training_tokens(pairs.count, rows, self.task.max_new_tokens, how.train.num_train_epochs)}
+        guess = {
+            "tokens": estimate.training_tokens(pairs.count, rows, self.task.max_new_tokens, how.train.num_train_epochs)
+        }
         result = self._do("train", label, config, [model.key, pairs.key], work, guess)
         if self.dry:
             return Model(result.key, result.folder / "model", label)
@@ -357,4 +359,3 @@ class Bench:
 
 def _lines(records: Sequence[Any]) -> str:
     return "".join(json.dumps(to_json(record), separators=(",", ":")) + "\n" for record in records)
-

@@ -58,7 +58,13 @@ def evaluate(
     plugin = config.plugin("tasks", {"name": task} | ({"data": data} if data else {}))
     folder = output_dir or Path("runs") / f"eval-{Path(model).name}-{task}"
     summary = Summary(
-        upturn=__version__, recipe="eval", name=folder.name, model=model, task=task, seed=seed, status="running",
+        upturn=__version__,
+        recipe="eval",
+        name=folder.name,
+        model=model,
+        task=task,
+        seed=seed,
+        status="running",
         turns=settings["turns"],
     )
     options, measure = config.checked(Options, {"dtype": dtype}, "eval"), config.checked(Measure, settings, "eval")

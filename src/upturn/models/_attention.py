@@ -67,9 +67,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, how: How) -> Tensor:
         weights = scores.masked_fill(~tiled, float("-inf")).softmax(-1)
         out = weights.to(v.dtype) @ v
     else:
-        out = nn.functional.scaled_dot_product_attention(
-            folded, k, v, attn_mask=tiled, scale=how.scaling
-        )
+        out = nn.functional.scaled_dot_product_attention(folded, k, v, attn_mask=tiled, scale=how.scaling)
     return out.reshape(batch, heads, queries, width)
 
 

@@ -28,8 +28,7 @@ def final(summary: Summary, about: str) -> str:
     turns = len(last.turns) if last else 0
     head = "| model | " + " | ".join(f"turn {t + 1}" for t in range(turns)) + " |\n|---" * 1
     rows = [
-        f"| {m.label} | " + " | ".join(f"{100 * t.accuracy:.1f}" for t in m.turns) + " |"
-        for m in summary.measurements
+        f"| {m.label} | " + " | ".join(f"{100 * t.accuracy:.1f}" for t in m.turns) + " |" for m in summary.measurements
     ]
     table = "\n".join([head + "|---" * turns + "|", *rows])
     n = last.n if last else 0

@@ -190,7 +190,9 @@ def _convert(path: Path, sha256: str) -> Path:
     try:
         import gguf  # noqa: F401  (transformers reads GGUF files through it)
     except ImportError as error:
-        raise ModelError(f"model {path.name}", "Reading GGUF needs the package gguf.", "pip install upturn[gguf]") from error
+        raise ModelError(
+            f"model {path.name}", "Reading GGUF needs the package gguf.", "pip install upturn[gguf]"
+        ) from error
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,12 +14,15 @@ from upturn.trees import TokenTree
 
 
 def use_plans(model: nn.Module) -> None:
-    """Switch a `transformers` model to attention by plan."""
-    cast(Any, model).set_attn_implementation(_attention.NAME)
+    """Switch a `transformers` model to attention by plan, once."""
+    known = cast(Any, model)
+    if known.config._attn_implementation != _attention.NAME:
+        known.set_attn_implementation(_attention.NAME)
 
 
 def hidden_states(model: nn.Module, ids_T: Tensor, positions_T: Tensor, plan: _attention.Plan) -> Tensor:
     """Last hidden states after the final norm, `[T] -> [T, d]`, attention given by the plan."""
+    use_plans(model)  # any other implementation would ignore the plan without a word
     backbone = cast(Any, model).get_decoder()
     out = backbone(
         input_ids=ids_T[None],

@@ -26,12 +26,12 @@ from upturn.objectives._base import SIDES, Batch, Loss, Row, gains, margin
 class Config(Strict):
     """Settings with the names TRL uses."""
 
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0)
     """Inverse strength of the pull away from the reference, per nat."""
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of flipped labels (sigmoid only)."""
-    rpo_alpha: float = Field(0.0, ge=0)
+    rpo_alpha: float = Field(default=0.0, ge=0)
     """Weight of the length-normalised NLL of the chosen answer."""
 
 

@@ -23,11 +23,11 @@ from upturn.objectives.refine import Config as RefineConfig
 class Config(Strict):
     """The two parts and their balance."""
 
-    alpha: float = Field(0.8, ge=0, le=1)
+    alpha: float = Field(default=0.8, ge=0, le=1)
     """Share of the refinement loss."""
     dpo: DpoConfig = DpoConfig()
     refine: RefineConfig = RefineConfig()
-    nll_weight: float = Field(0.0, ge=0)
+    nll_weight: float = Field(default=0.0, ge=0)
     """Weight of the mean token NLL of chosen answers in the contexts of `nll`."""
     nll: NllConfig = NllConfig()
 

@@ -21,11 +21,11 @@ from upturn.objectives._base import CONTEXTS, Batch, Context, Loss, Row, _row
 class Config(Strict):
     """Weights of the contexts."""
 
-    direct: float = Field(1.0, ge=0)
+    direct: float = Field(default=1.0, ge=0)
     """Weight of answering the question directly."""
-    improve: float = Field(1.0, ge=0)
+    improve: float = Field(default=1.0, ge=0)
     """Weight of refining the worse draft into the better one."""
-    keep: float = Field(0.0, ge=0)
+    keep: float = Field(default=0.0, ge=0)
     """Weight of repeating the better draft when it is shown."""
 
 

@@ -24,7 +24,7 @@ from upturn.objectives._base import SIDES, Batch, Context, Loss, Row, gains, mar
 class Config(Strict):
     """Settings of the refinement loss."""
 
-    beta: float = Field(0.25, gt=0)
+    beta: float = Field(default=0.25, gt=0)
     """With hard labels the squared form pulls both margins to 1/(2 beta) nats."""
     loss_type: Literal["squared", "logistic"] = "squared"
     sides: Literal["both", "improve", "keep"] = "both"

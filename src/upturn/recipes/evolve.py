@@ -15,13 +15,13 @@ from pydantic import Field
 from upturn._model import Strict
 from upturn.config import Scorer, Selector, Strategy, Task
 from upturn.engines.sampling import Config as Sampling
-from upturn.lab.lab import Lab, Measure, Options, Training
+from upturn.lab.lab import Lab, Measure, Model, Options, Pairs, Training
 
 
 class Collect(Strict):
     """Drafts from the current model, judged and made into pairs."""
 
-    prompts: int = Field(500, ge=1)
+    prompts: int = Field(default=500, ge=1)
     """Fresh prompts each time."""
     strategy: Strategy
     sampling: Sampling = Sampling()
@@ -40,7 +40,7 @@ class Config(Strict):
     """Stage A's data; null starts the iterations from the model as it is."""
     sft: Training
     """Stage A's training."""
-    iterations: int = Field(3, ge=0)
+    iterations: int = Field(default=3, ge=0)
     collect: Collect
     """Stage B's data, in every iteration."""
     prefer: Training
@@ -53,31 +53,30 @@ class Config(Strict):
     """Run folder; runs/<name> when not given."""
     store: str | None = None
     """Where finished steps lie; <output_dir>/store when not given. Runs may share one."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """At most this many prompts in every place, for a quick look."""
 
 
-def _pairs(lab: Lab, model, cfg: Config, collect: Collect, first: int, label: str):  # noqa: ANN001
-    prompts = lab.prompts("train", first, collect.prompts)
-    drafts = lab.generate(model, prompts, collect.strategy, collect.sampling, label)
-    return lab.select(lab.score(drafts, cfg.scorer, label), collect.selection, label)
-
-
 def run(cfg: Config, lab: Lab) -> None:
-    """Algorithm: measure, activate, then K times collect, prefer, measure."""
+    """Measure, activate, then K times: collect, prefer, measure."""
+    used = 0
+
+    def pairs_from(model: Model, how: Collect, label: str) -> Pairs:
+        nonlocal used
+        prompts = lab.prompts("train", used, how.prompts)
+        used += len(prompts)
+        drafts = lab.generate(model, prompts, how.strategy, how.sampling, label)
+        return lab.select(lab.score(drafts, cfg.scorer, label), how.selection, label)
+
     model = lab.load(cfg.model)
     lab.measure(model, cfg.measure, "base")
-    used = 0
     if cfg.activate:
-        pairs = _pairs(lab, model, cfg, cfg.activate, used, "sft")
-        used += cfg.activate.prompts
-        model = lab.train(model, pairs, cfg.sft, "sft")  # eq. 4
+        model = lab.train(model, pairs_from(model, cfg.activate, "sft"), cfg.sft, "sft")  # eq. 4
         lab.measure(model, cfg.measure, "sft")
     start = model
     for iteration in range(1, cfg.iterations + 1):
         label = f"iteration {iteration}"
-        pairs = _pairs(lab, model, cfg, cfg.collect, used, label)
-        used += cfg.collect.prompts
+        pairs = pairs_from(model, cfg.collect, label)
         reference = start if cfg.reference == "sft" else None
         model = lab.train(model, pairs, cfg.prefer, label, iteration, reference)  # eq. 5
         lab.measure(model, cfg.measure, label, iteration)

@@ -120,9 +120,7 @@ def _token_curve(
     axes.plot(spent, accuracies, color=colour, linewidth=3.2 if last else 2, marker="o", markersize=9)
     at = vote.tokens / vote.n
     errors = [[vote.accuracy - vote.low], [vote.high - vote.accuracy]]
-    axes.errorbar(
-        at, vote.accuracy, errors, color=colour, marker="D", markersize=9, markerfacecolor=PAPER, capsize=4
-    )
+    axes.errorbar(at, vote.accuracy, errors, color=colour, marker="D", markersize=9, markerfacecolor=PAPER, capsize=4)
     return [(spent[-1], accuracies[-1]), (at, vote.accuracy)]
 
 

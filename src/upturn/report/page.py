@@ -182,9 +182,7 @@ def _balanced(attempts: Iterable[Attempt]) -> list[tuple[Attempt, str]]:
 
 def _kind(attempt: Attempt) -> str:
     first, last = attempt.scores[0].right, attempt.scores[-1].right
-    return {(False, True): "fixed", (True, False): "broken", (True, True): "kept"}.get(
-        (first, last), "missed"
-    )
+    return {(False, True): "fixed", (True, False): "broken", (True, True): "kept"}.get((first, last), "missed")
 
 
 def _spread(attempts: Sequence[Attempt], want: int) -> list[Attempt]:

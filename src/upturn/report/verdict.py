@@ -70,9 +70,7 @@ def _gained(last: Measurement) -> str:
     gain = last.gain
     if gain is None:
         turns = last.turns
-        right = (
-            f"the first turn is right {percent(turns[0].accuracy)} of the time" if turns else "no turn was"
-        )
+        right = f"the first turn is right {percent(turns[0].accuracy)} of the time" if turns else "no turn was"
         return f"{right} ({last.n:,} prompts); there is no later turn to compare it with."
     later, base = f"a {ordinal(gain.last)} turn", f"the {ordinal(gain.first)}"
     within = f"95% interval {interval(gain)}, {gain.n:,} prompts"
@@ -106,9 +104,7 @@ def _vote(last: Measurement) -> str:
     if vote is None or last.gain is None or not last.tokens:
         return ""
     more = 100 * (vote.tokens / last.tokens - 1)
-    tokens = (
-        "the same number of" if abs(more) < 0.5 else f"{abs(more):.0f}% {'more' if more > 0 else 'fewer'}"
-    )
+    tokens = "the same number of" if abs(more) < 0.5 else f"{abs(more):.0f}% {'more' if more > 0 else 'fewer'}"
     return (
         f"A vote of {vote.votes} direct answers, with {tokens} tokens, is right {percent(vote.accuracy)} "
         f"of the time; turn {last.gain.last} is right {percent(last.turns[-1].accuracy)}."

@@ -25,8 +25,6 @@ class Exact:
     def score(self, task: Task, attempts: list[Attempt]) -> list[Attempt]:
         """Each draft's grade. A verifier that raises is a `DataError`."""
         return [
-            replace(
-                attempt, scores=tuple(grade(task, attempt.prompt, draft.text) for draft in attempt.drafts)
-            )
+            replace(attempt, scores=tuple(grade(task, attempt.prompt, draft.text) for draft in attempt.drafts))
             for attempt in attempts
         ]

@@ -94,9 +94,7 @@ class RewardModel:
         mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
         inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
         with torch.inference_mode():
-            logits = self.model(
-                **{name: tensor.to(self.model.device) for name, tensor in inputs.items()}
-            ).logits
+            logits = self.model(**{name: tensor.to(self.model.device) for name, tensor in inputs.items()}).logits
         return logits[:, 0].float()
 
 
@@ -142,8 +140,4 @@ def _mend(name: str) -> str:
     needed = ("config.json", "tokenizer_config.json")
     lacking = [file for file in needed if not (folder / file).exists()]
     lacking += [] if list(folder.glob("*.safetensors")) else ["*.safetensors"]
-    return (
-        f"The folder lacks {', '.join(lacking)}."
-        if lacking
-        else "Save the model again; its files are broken."
-    )
+    return f"The folder lacks {', '.join(lacking)}." if lacking else "Save the model again; its files are broken."

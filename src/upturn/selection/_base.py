@@ -54,9 +54,7 @@ def label_precision(pairs: list[Pair]) -> Quality:
     return Quality(true / len(pairs), earlier / len(pairs))
 
 
-def collect(
-    attempts: list[Attempt], choose: Callable[[Attempt], list[Pair] | str], slots: int = 1
-) -> Selection:
+def collect(attempts: list[Attempt], choose: Callable[[Attempt], list[Pair] | str], slots: int = 1) -> Selection:
     """Apply a rule to each attempt: it gives 1 to `slots` pairs, or the reason why there is none."""
     pairs: list[Pair] = []
     dropped: Counter[str] = Counter()

@@ -33,8 +33,8 @@ class Config(Strict):
 def select(attempts: list[Attempt], cfg: Config, key: Key = text) -> Selection:
     """Up to `pairs_per_prompt` pairs of each scored attempt. Of equally good drafts the earliest is chosen.
 
-    Dropped: 'no score', 'cut' (none is complete), 'low' (below `min_chosen`), 'one draft', 'tied', 'margin', 'same text', and 'no further
-    draft' for slots beyond the first.
+    Dropped: 'no score', 'cut' (none is complete), 'low' (below `min_chosen`), 'one draft', 'tied', 'margin',
+    'same text', and 'no further draft' for slots beyond the first.
     """
     return collect(attempts, lambda attempt: _choose(attempt, cfg), cfg.pairs_per_prompt)
 

@@ -44,8 +44,7 @@ class Table:
     def __init__(self, data: str, columns: Columns, test_share: float, subset: str | None = None) -> None:
         self.data = data
         self._parts: dict[Split, dict[str, str]] = {
-            split: _checked(records, columns, f"{data}: {split} part")
-            for split, records in _open(data, subset).items()
+            split: _checked(records, columns, f"{data}: {split} part") for split, records in _open(data, subset).items()
         }
         if "test" not in self._parts:
             self._divide(test_share)
@@ -59,9 +58,7 @@ class Table:
     def prompts(self, split: Split, start: int, count: int) -> list[Prompt]:
         """`count` prompts from place `start` in the order of the file; fewer at its end."""
         if split not in self._parts:
-            raise DataError(
-                self.data, f"There is no {split} part.", f"Add {split}.jsonl beside the other part."
-            )
+            raise DataError(self.data, f"There is no {split} part.", f"Add {split}.jsonl beside the other part.")
         texts = list(self._parts[split])[start : start + count]
         return [Prompt(_id(text), text) for text in texts]
 
@@ -108,9 +105,7 @@ def _open(data: str, subset: str | None) -> dict[Split, Records]:
                 parts[split] = _lines(path / f"{split}.jsonl")
         if parts:
             return parts
-        raise DataError(
-            data, "The folder holds neither train.jsonl nor test.jsonl.", _nearest(path / "train.jsonl")
-        )
+        raise DataError(data, "The folder holds neither train.jsonl nor test.jsonl.", _nearest(path / "train.jsonl"))
     if path.exists():
         return {"test" if path.stem == "test" else "train": _lines(path)}
     if path.suffix in (".jsonl", ".json") or data.startswith((".", "/", "~")) or data.count("/") > 1:
@@ -130,9 +125,7 @@ def _lines(path: Path) -> Records:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise DataError(
-            str(path), f"The file cannot be read: {error.strerror}.", "Check its rights."
-        ) from error
+        raise DataError(str(path), f"The file cannot be read: {error.strerror}.", "Check its rights.") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
@@ -156,13 +149,9 @@ def _from_hub(name: str, subset: str | None) -> dict[Split, Records]:
         mend = f"Check the name and the network, or give a folder. {_nearest(Path(name))}"
         raise DataError(name, what, mend) from error
     splits: tuple[Split, ...] = ("train", "test")
-    parts: dict[Split, Records] = {
-        split: _rows(name, split, found[split]) for split in splits if split in found
-    }
+    parts: dict[Split, Records] = {split: _rows(name, split, found[split]) for split in splits if split in found}
     if not parts:
-        raise DataError(
-            name, f"It has only the splits {', '.join(found)}.", "Choose data with 'train' or 'test'."
-        )
+        raise DataError(name, f"It has only the splits {', '.join(found)}.", "Choose data with 'train' or 'test'.")
     return parts
 
 
@@ -185,11 +174,7 @@ def _checked(records: Records, columns: Columns, name: str) -> dict[str, str]:
             problems.append((place, str(problem)))
     if problems:
         where, what = problems[0]
-        more = (
-            f" {len(problems)} of {total} records have problems; this is the first."
-            if len(problems) > 1
-            else ""
-        )
+        more = f" {len(problems)} of {total} records have problems; this is the first." if len(problems) > 1 else ""
         raise DataError(where, what + more, "Correct the data, or name other columns.")
     if not rows:
         raise DataError(name, "There is not one record.", "Give data with at least one prompt.")

@@ -44,9 +44,7 @@ class Config(Strict):
     """The field with the final answer, in LaTeX without dollar signs."""
     instruction: str = r"Solve step by step, and put the final answer in \boxed{}."
     """Stands below each question."""
-    refine_request: str = (
-        r"Check your solution step by step. Write an improved solution that ends with \boxed{}."
-    )
+    refine_request: str = r"Check your solution step by step. Write an improved solution that ends with \boxed{}."
     """What the user says after a draft."""
     max_new_tokens: int = Field(default=1024, ge=1)
     """A length that fits nearly every good answer."""

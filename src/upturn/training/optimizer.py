@@ -40,11 +40,13 @@ class MasterAdamW:
     def step(self, weight: float, learning_rate: float) -> Tensor:
         """Divide by the weight of the whole step, clip, update; returns the gradient norm before clipping."""
         grads = [_grad(master) for master in self.masters]
-        torch._foreach_div_(grads, weight)
+        for grad in grads:
+            grad /= weight
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
         self.adam.param_groups[0]["lr"] = learning_rate
         self.adam.step()
-        torch._foreach_zero_(grads)
+        for grad in grads:
+            grad.zero_()
         with torch.no_grad():
             for parameter, master in zip(self.weights, self.masters, strict=True):
                 parameter.copy_(master)
@@ -56,7 +58,9 @@ class MasterAdamW:
         for name, master in zip(self.names, self.masters, strict=True):
             tensors[f"master/{name}"] = master
             state = self.adam.state.get(master, {})
-            tensors |= {f"{key}/{name}": value.reshape(-1) if value.dim() == 0 else value for key, value in state.items()}
+            tensors |= {
+                f"{key}/{name}": value.reshape(-1) if value.dim() == 0 else value for key, value in state.items()
+            }
         save_file(tensors, path)
 
     def load(self, path: Path) -> None:
