@@ -32,49 +32,57 @@ class StepPlan:
     rows       slots that take part
     starts     tokens already in each slot
     counts     new tokens of each slot; they lie one slot after the other in the flat step
+
+    Slots that decode bring one token, slots that begin bring their context. The last token of every slot forms one
+    attention call over the cache as it lies; the other tokens of beginning slots form a second one.
     """
 
     def __init__(self, slots: Slots, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> None:
-        self.slots, self.counts = slots, list(counts)
+        self.slots = slots
         device = slots.keys.device
-        self.row_T = torch.tensor([r for r, n in zip(rows, counts, strict=True) for _ in range(n)], device=device)
-        self.place_T = torch.tensor(
-            [s + i for s, n in zip(starts, counts, strict=True) for i in range(n)], device=device
-        )
-        self.top = max(s + n for s, n in zip(starts, counts, strict=True))
-        self.contiguous = list(rows) == list(range(len(rows)))
-        self.rows = torch.tensor(list(rows), device=device)
-        width = max(counts)
-        span = torch.arange(width, device=device)
-        count_B = torch.tensor(self.counts, device=device)
-        start_B = torch.tensor(list(starts), device=device)
-        self.real = span[None] < count_B[:, None]  # [B, Q]
-        places = torch.where(self.real, start_B[:, None] + span[None], 0)
-        self.gather = torch.where(self.real, count_B.cumsum(0)[:, None] - count_B[:, None] + span[None], 0)
-        self._keys_at = torch.arange(self.top, device=device)
-        self._depth = places
-        self._masks: dict[int | None, Tensor] = {}
-
-    def _mask(self, window: int | None) -> Tensor:
-        if window not in self._masks:
-            seen = self._keys_at[None, None] <= self._depth[:, :, None]
-            if window is not None:
-                seen &= self._depth[:, :, None] - self._keys_at[None, None] < window
-            self._masks[window] = seen[:, None]
-        return self._masks[window]
+        spans = list(zip(rows, starts, counts, strict=True))
+        self.row_T = torch.tensor([row for row, _, count in spans for _ in range(count)], device=device)
+        self.place_T = torch.tensor([start + i for _, start, count in spans for i in range(count)], device=device)
+        first = [sum(counts[:i]) for i in range(len(counts))]
+        last = [(row, at + count - 1, start + count - 1, 1) for (row, start, count), at in zip(spans, first, strict=True)]
+        rest = [(row, at, start, count - 1) for (row, start, count), at in zip(spans, first, strict=True) if count > 1]
+        self._parts = [_Part(part, device) for part in (last, rest) if part]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         """See `Plan`: store the new keys and values, then attend over each slot."""
         keys, values = self.slots.keys[layer], self.slots.values[layer]
         keys[self.row_T, :, self.place_T] = k[0].transpose(0, 1)
         values[self.row_T, :, self.place_T] = v[0].transpose(0, 1)
-        if self.contiguous:
-            k_B, v_B = keys[: len(self.counts), :, : self.top], values[: len(self.counts), :, : self.top]
-        else:
-            k_B, v_B = keys[self.rows, :, : self.top], values[self.rows, :, : self.top]
         q_T = q[0].transpose(0, 1)  # [T, H, D]
-        if self.real.shape[1] == 1:
-            out = sdpa(q_T[:, :, None], k_B, v_B, self._mask(how.window), how)
-            return out[:, :, 0][None]
-        out = sdpa(q_T[self.gather].transpose(1, 2), k_B, v_B, self._mask(how.window), how)
-        return out.transpose(1, 2)[self.real][None]
+        out_T = torch.empty_like(q_T)
+        for part in self._parts:
+            k_B, v_B = keys[part.rows, :, : part.top], values[part.rows, :, : part.top]
+            out = sdpa(q_T[part.flat].transpose(1, 2), k_B, v_B, part.mask(how.window), how)
+            out_T[part.flat[part.real]] = out.transpose(1, 2)[part.real]
+        return out_T[None]
+
+
+class _Part:
+    """Queries of some slots in one padded call: each is (slot, first flat place, first place in the slot, count)."""
+
+    def __init__(self, queries: Sequence[tuple[int, int, int, int]], device: torch.device) -> None:
+        rows = [row for row, _, _, _ in queries]
+        whole = rows == list(range(len(rows)))
+        self.rows: slice | Tensor = slice(0, len(rows)) if whole else torch.tensor(rows, device=device)
+        flat, depth, count = (torch.tensor([query[i] for query in queries], device=device)[:, None] for i in (1, 2, 3))
+        span = torch.arange(max(query[3] for query in queries), device=device)
+        self.real = span < count
+        self.flat = torch.where(self.real, flat + span, 0)
+        self._depth = torch.where(self.real, depth + span, 0)
+        self.top = max(at + count for _, _, at, count in queries)
+        self._masks: dict[int | None, Tensor] = {}
+
+    def mask(self, window: int | None) -> Tensor:
+        """`[B, 1, Q, K]`: each query sees the keys up to its own place."""
+        if window not in self._masks:
+            key = torch.arange(self.top, device=self._depth.device)
+            seen = key <= self._depth[:, :, None]
+            if window is not None:
+                seen &= self._depth[:, :, None] - key < window
+            self._masks[window] = seen[:, None]
+        return self._masks[window]

@@ -142,15 +142,8 @@ class Local:
         return sample
 
     def _admit(self) -> None:
-        """Give free slots to waiting requests, and compute what is new in their contexts."""
-        while admitted := self._seat():
-            self._forward(sorted(admitted))
-        if not self._queue:
-            self._compact()
-
-    def _seat(self) -> list[int]:
-        """Slots that take a request now. Siblings with one context wait until the first of them is computed."""
-        budget, seated, contexts = PREFILL_TOKENS, [], set[tuple[int, ...]]()
+        """Give free slots to waiting requests. Siblings with one context wait until the first of them is computed."""
+        budget, contexts = PREFILL_TOKENS, set[tuple[int, ...]]()
         waiting: list[_Request] = []
         free = [row for row, slot in enumerate(self._slots) if slot.request is None]
         while self._queue and free and budget > 0:
@@ -165,10 +158,10 @@ class Local:
                 self._take_over(row, request)
                 contexts.add(request.context)
                 budget -= len(request.context) - request.cached
-                seated.append(row)
         for request in waiting:
             heapq.heappush(self._queue, request)
-        return seated
+        if not self._queue:
+            self._compact()
 
     def _take_over(self, row: int, request: _Request) -> None:
         """Put a request into a slot, with as much of its context as any slot already holds."""
@@ -183,19 +176,13 @@ class Local:
         slot.prompt, slot.request, request.cached = request.order[0], request, len(slot.ids)
 
     def _step(self) -> None:
-        """One token for every running draft."""
+        """One forward pass: feed what each slot has not seen yet, and sample the next token of each running draft."""
         rows = [row for row, slot in enumerate(self._slots) if slot.request is not None]
-        if rows:
-            self._forward(rows)
-
-    def _forward(self, rows: list[int]) -> None:
-        """Feed what each slot has not seen yet, and sample the next token of each."""
-        new = []
-        for row in rows:
-            slot = self._slots[row]
-            request = _running(slot)
-            new.append([*request.context, *request.token_ids][len(slot.ids) :])
+        if not rows:
+            return
+        running = [_running(self._slots[row]) for row in rows]
         starts = [len(self._slots[row].ids) for row in rows]
+        new = [[*r.context, *r.token_ids][start:] for r, start in zip(running, starts, strict=True)]
         self._reserve(max(start + len(ids) for start, ids in zip(starts, new, strict=True)))
         plan = StepPlan(self._cache, rows, starts, [len(ids) for ids in new])
         ids_T = torch.tensor([i for ids in new for i in ids], device=self.device)
@@ -203,8 +190,7 @@ class Local:
         self.num_forwards += 1
         last_B = torch.tensor([len(ids) for ids in new], device=self.device).cumsum(0) - 1
         logits = policy.head(self.model, hidden_T[last_B])
-        uniform = [_running(self._slots[row]) for row in rows]
-        uniform_B = torch.tensor([r.uniforms[len(r.token_ids)] for r in uniform], device=self.device)
+        uniform_B = torch.tensor([r.uniforms[len(r.token_ids)] for r in running], device=self.device)
         chosen, logprobs = sampling.choose(logits, uniform_B, self.cfg.temperature, self.cfg.top_p)
         for row, ids, token, logprob in zip(rows, new, chosen.tolist(), logprobs.tolist(), strict=True):
             self._slots[row].ids.extend(ids)
