@@ -1,8 +1,8 @@
 # make install   environment in .venv           make demo    EVOLVE on the embedded world
 # make test      all that a change must pass    make bench   measure speed and memory
 
-# Idle threads sleep instead of spinning: neighbours on the machine keep their cores.
-export OMP_WAIT_POLICY := PASSIVE
+# Idle threads spin for some microseconds and then sleep, so that neighbours on the machine keep their cores.
+export GOMP_SPINCOUNT ?= 30000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 VENV := .venv

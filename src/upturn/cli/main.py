@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +179,8 @@ def version(show: Annotated[bool, typer.Option("--version", help="Show the versi
 
 def main() -> None:
     """Entry point of the console script."""
+    # Threads of OpenMP that spin for ever starve every neighbour; threads that sleep at once halve small steps.
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     app(prog_name="upturn")
 
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Judgements of drafts. One file each; the folder is the registry."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Scored drafts into pairs. One file per rule; the folder is the registry."""

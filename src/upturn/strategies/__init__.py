@@ -1,1 +1,1 @@
-"""TODO."""
+"""Which earlier drafts the next one sees. One file each; the folder is the registry."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Prompts with their verifiers. One file each; the folder is the registry."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Progress and metrics, as files first."""
