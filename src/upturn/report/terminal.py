@@ -27,6 +27,8 @@ def turn_table(summary: Summary) -> Table:
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
     table.add_column("", style="bold", no_wrap=True)
     for header in (*(f"turn {turn}" for turn in turns), "gain", "w→r", "r→w", "same"):
@@ -43,7 +45,7 @@ def diff(old: str, new: str) -> Text:
 
 
 def _accuracy(row: TurnRow | None) -> str:
-    return f"{100 * row.accuracy:.1f} ±{50 * (row.high - row.low):.1f}" if row else "–"
+    return f"{100 * row.accuracy:.1f}\n±{50 * (row.high - row.low):.1f}" if row else "–"
 
 
 def _change(measured: Measurement) -> tuple[Text | str, str, str, str]:
@@ -56,4 +58,4 @@ def _change(measured: Measurement) -> tuple[Text | str, str, str, str]:
 
 
 def _gain(gain: Gain) -> Text:
-    return Text(f"{signed(gain.points)} ({interval(gain)})", style=_COLOURS[direction(gain)])
+    return Text(f"{signed(gain.points)}\n{interval(gain)}", style=_COLOURS[direction(gain)])
