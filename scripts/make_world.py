@@ -5,8 +5,8 @@ The shipped folder comes from
     python scripts/make_world.py
 
 with the default arguments. Everything the model sees is made on the fly from the seed: two-turn
-conversations about an addition problem (see ``world_rules.py``). The first answer is that of a hasty writer,
-who looks one or two places ahead and guesses a carry that comes from farther away. The user then says one of
+conversations about an addition problem (see ``upturn/tasks/_carry_rules.py``). The first answer is that of a
+hasty writer, who looks one or two places ahead and guesses a carry that comes from farther away. The user then says one of
 two words:
 
 ``improve``
@@ -258,7 +258,7 @@ else.
 
 A problem is a sum of two zero-padded numbers of {width} digits, such as `{problem}`; the answer has {places}
 digits, most significant digit first: `{answer}`. With probability {nines} the two digits of a place add up to
-exactly nine, so carries travel far. The rules and the verifier are in `world_rules.py`.
+exactly nine, so carries travel far. The rules and the verifier are in `upturn/tasks/_carry_rules.py`.
 
 ## How it was made
 

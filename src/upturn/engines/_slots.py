@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -43,9 +44,9 @@ class StepPlan:
         spans = list(zip(rows, starts, counts, strict=True))
         self.row_T = torch.tensor([row for row, _, count in spans for _ in range(count)], device=device)
         self.place_T = torch.tensor([start + i for _, start, count in spans for i in range(count)], device=device)
-        first = [sum(counts[:i]) for i in range(len(counts))]
-        last = [(row, at + count - 1, start + count - 1, 1) for (row, start, count), at in zip(spans, first, strict=True)]
-        rest = [(row, at, start, count - 1) for (row, start, count), at in zip(spans, first, strict=True) if count > 1]
+        ends = list(accumulate(counts))
+        last = [(row, end - 1, start + n - 1, 1) for (row, start, n), end in zip(spans, ends, strict=True)]
+        rest = [(row, end - n, start, n - 1) for (row, start, n), end in zip(spans, ends, strict=True) if n > 1]
         self._parts = [_Part(part, device) for part in (last, rest) if part]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
