@@ -4,10 +4,9 @@ The shipped folder comes from
 
     python scripts/make_world.py
 
-with the default arguments. Everything the model sees is made on the fly from the seed: two-turn
-conversations about an addition problem (see ``upturn/tasks/_carry_rules.py``). The first answer is that of a
-hasty writer, who looks one or two places ahead and guesses a carry that comes from farther away. The user then says one of
-two words:
+with the default arguments. Everything the model sees is made on the fly from the seed: two-turn conversations about
+an addition problem (see ``upturn/tasks/_carry_rules.py``). The first answer is that of a hasty writer, who looks one or
+two places ahead and guesses a carry that comes from farther away. The user then says one of two words:
 
 ``improve``
     The second answer is a copy, an edit for the better, an edit for the worse, or a new hasty answer. The
