@@ -246,7 +246,7 @@ def test_a_prompt_longer_than_the_context_is_refused_before_any_work(fails: Run,
 
 
 def test_too_few_prompts_for_a_late_step_are_noticed_before_the_first(fails: Run, tmp_path: Path):
-    assert "It has no prompts from place 60 on." in fails(with_data(rows(tmp_path, *sums(60))), "activate.prompts=60")
+    assert "It has no prompts from place 53 on." in fails(with_data(rows(tmp_path, *sums(60))), "activate.prompts=60")
     assert not (tmp_path / "first").exists()
 
 
