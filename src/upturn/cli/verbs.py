@@ -78,7 +78,7 @@ def _show(console: Any, draft: Draft, seen: list[Draft]) -> None:
         style="bold",
         markup=False,
     )
-    console.print(
-        terminal.diff(seen[-1].text, draft.text) if seen and not same else draft.text, highlight=False, markup=False
-    )
+    changed = seen and not same and console.is_terminal  # without colours a diff reads like one text
+    text = terminal.diff(seen[-1].text, draft.text) if changed else draft.text
+    console.print(text, highlight=False, markup=False)
     console.print()

@@ -13,7 +13,8 @@ from upturn import __version__, config
 from upturn.errors import RunError
 from upturn.evaluation.summary import Summary
 from upturn.lab import estimate
-from upturn.lab.lab import Bench, Measure, Options
+from upturn.lab.bench import Bench
+from upturn.lab.lab import Measure, Options
 from upturn.lab.store import Planned, Store, unwritable, write_text, writing
 
 
