@@ -45,8 +45,8 @@ def test_the_rendering_equals_the_template_of_the_whole_conversation():
         {"role": "assistant", "content": "yes"},
         {"role": "user", "content": "again"},
     ]
-    whole = words.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert list(talk.context("Which?", (draft("yes", words),))) == whole
+    whole: Any = words.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    assert list(talk.context("Which?", (draft("yes", words),))) == whole["input_ids"]
 
 
 @pytest.mark.parametrize(
