@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from upturn.config import Plugin
+from upturn.config import Plugin, plugin
 from upturn.engines.sampling import Config as Sampling
 from upturn.errors import DataError
 from upturn.evaluation import summary, turns
@@ -161,16 +161,14 @@ class Bench:
         return Model(result.key, result.folder / "model", label)
 
     def measure(self, model: Model, cfg: Measure, label: str, iteration: int = 0) -> None:
-        from upturn.lab import plugins
-
         prompts = self.prompts("test", 0, cfg.prompts)
-        exact = plugins.named("scorers", "exact")
-        chain = plugins.named("strategies", "chain", turns=cfg.turns)
+        exact = plugin("scorers", "exact")
+        chain = plugin("strategies", {"name": "chain", "turns": cfg.turns})
         drafts = self.generate(model, prompts, chain, cfg.sampling, f"measure {label}")
         scored = self.score(drafts, exact, f"measure {label}")
         vote = None
         if cfg.majority and (label != "base" or cfg.base_majority):
-            parallel = plugins.named("strategies", "parallel", turns=cfg.majority)
+            parallel = plugin("strategies", {"name": "parallel", "turns": cfg.majority})
             siblings = self.generate(model, prompts, parallel, cfg.sampling, f"majority {label}")
             voters = self.score(siblings, exact, f"majority {label}")
             vote = None if self.dry else turns.majority(voters.read(), self.task.vote_key)

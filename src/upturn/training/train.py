@@ -69,7 +69,6 @@ def run(model: nn.Module, job: Job, log: Log, reference: nn.Module | None = None
                 Then every preference margin must be exactly 0 at step 0, or the training refuses to go on.
     Raises RunError on a loss that is not finite, with a saved repro, and DataError when a pair does not fit.
     """
-    policy.use_plans(model)
     model.eval()  # dropout would make policy and reference differ at step 0
     groups, order = _samples(model, job)
     steps = plan.steps([rows.tree_size(group) for group in groups], job.cfg, job.seed)
@@ -116,7 +115,6 @@ def _reference(
     device = next(model.parameters()).device
     values = torch.full((len(groups), len(order)), torch.nan)
     batches = [batch for step in steps if step.epoch == 0 for batch in step.micro_batches]
-    policy.use_plans(model)
     model.eval()
     with torch.no_grad(), progress.track(f"{job.label}: reference", len(groups), "pairs") as bar:
         for batch in batches:
