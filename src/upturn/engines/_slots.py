@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from upturn.models._attention import How, sdpa
+from upturn.models._attention import How, hidden, sdpa
 
 
 class Slots:
@@ -47,7 +47,7 @@ class StepPlan:
         ends = list(accumulate(counts))
         last = [(row, end - 1, start + n - 1, 1) for (row, start, n), end in zip(spans, ends, strict=True)]
         rest = [(row, end - n, start, n - 1) for (row, start, n), end in zip(spans, ends, strict=True) if n > 1]
-        self._parts = [_Part(part, device) for part in (last, rest) if part]
+        self._parts = [_Part(part, slots.length, device) for part in (last, rest) if part]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         """See `Plan`: store the new keys and values, then attend over each slot."""
@@ -66,7 +66,7 @@ class StepPlan:
 class _Part:
     """Queries of some slots in one padded call: each is (slot, first flat place, first place in the slot, count)."""
 
-    def __init__(self, queries: Sequence[tuple[int, int, int, int]], device: torch.device) -> None:
+    def __init__(self, queries: Sequence[tuple[int, int, int, int]], length: int, device: torch.device) -> None:
         rows = [row for row, _, _, _ in queries]
         whole = rows == list(range(len(rows)))
         self.rows: slice | Tensor = slice(0, len(rows)) if whole else torch.tensor(rows, device=device)
@@ -75,7 +75,8 @@ class _Part:
         self.real = span < count
         self.flat = torch.where(self.real, flat + span, 0)
         self._depth = torch.where(self.real, depth + span, 0)
-        self.top = max(at + count for _, _, at, count in queries)
+        # Slots that take part as they lie are read in their whole length: a cut would not be contiguous, and slow.
+        self.top = length if whole else max(at + count for _, _, at, count in queries)
         self._masks: dict[int | None, Tensor] = {}
 
     def mask(self, window: int | None) -> Tensor:
@@ -85,5 +86,5 @@ class _Part:
             seen = key <= self._depth[:, :, None]
             if window is not None:
                 seen &= self._depth[:, :, None] - key < window
-            self._masks[window] = seen[:, None]
+            self._masks[window] = hidden(seen[:, None])
         return self._masks[window]

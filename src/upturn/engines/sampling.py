@@ -11,6 +11,9 @@ from torch import Tensor
 
 from upturn._model import Strict
 
+BLOCK = 256
+"""Tokens whose weights are summed before one of them is looked for."""
+
 
 class Config(Strict):
     """How drafts are sampled."""
@@ -31,20 +34,36 @@ def uniforms(seed: int, key: str, count: int) -> np.ndarray:
 
 def choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Next token of each row by inversion, and its log-probability under the unmodified model; `[B]`, `[B]`."""
-    logits_BV = logits_BV.float()
+    shifted_BV = logits_BV.to(torch.float32, copy=True)
+    shifted_BV -= shifted_BV.amax(-1, keepdim=True)
+    weights_BV = shifted_BV.exp()  # two buffers in all: new memory costs more than the arithmetic
+    total_B = weights_BV.sum(-1)
     if temperature == 0:
-        chosen = logits_BV.argmax(-1)
+        chosen = shifted_BV.argmax(-1)
     else:
-        probs = (logits_BV / temperature).softmax(-1)
+        if temperature != 1:
+            torch.div(shifted_BV, temperature, out=weights_BV).exp_()
         if top_p < 1:
-            probs = _nucleus(probs, top_p)
-        mass = probs.cumsum(-1)
-        mark = uniform_B[:, None].to(mass.dtype) * mass[:, -1:]
-        chosen = torch.searchsorted(mass, mark, right=True).squeeze(-1)
-        last = probs.shape[-1] - 1 - (probs > 0).flip(-1).int().argmax(-1)  # rounding must not pick a zero
-        chosen = torch.minimum(chosen, last)
-    logprobs = logits_BV.gather(-1, chosen[:, None]).squeeze(-1) - logits_BV.logsumexp(-1)
-    return chosen, logprobs
+            weights_BV = _nucleus(weights_BV / weights_BV.sum(-1, keepdim=True), top_p)
+        chosen = _invert(weights_BV, uniform_B)
+    return chosen, shifted_BV.gather(-1, chosen[:, None]).squeeze(-1) - total_B.log()
+
+
+def _invert(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The first token whose cumulative share of the weights passes the uniform number, found by blocks, `[B]`."""
+    batch, size = weights_BV.shape
+    width = -(-size // BLOCK) * BLOCK
+    if width > size:
+        weights_BV = torch.nn.functional.pad(weights_BV, (0, width - size))
+    blocks = weights_BV.view(batch, -1, BLOCK)
+    mass = blocks.sum(-1).double().cumsum(-1)
+    mark = uniform_B[:, None].to(mass.dtype) * mass[:, -1:]
+    block = torch.searchsorted(mass, mark, right=True).clamp(max=mass.shape[-1] - 1)
+    inner = blocks[torch.arange(batch, device=block.device), block.squeeze(-1)].double()
+    before = mass.gather(-1, block) - inner.sum(-1, keepdim=True)
+    place = torch.searchsorted(inner.cumsum(-1), mark - before, right=True).squeeze(-1)
+    last = BLOCK - 1 - (inner > 0).flip(-1).int().argmax(-1)  # rounding must not pick a zero
+    return block.squeeze(-1) * BLOCK + torch.minimum(place, last)
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:

@@ -52,23 +52,31 @@ def attention(
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, how: How) -> Tensor:
-    """Grouped-query attention with a boolean mask. `q [B, H, Q, D]`, `k, v [B, Hkv, K, D]`, `mask [B, 1, Q, K]`.
+    """Grouped-query attention. `q [B, H, Q, D]`, `k, v [B, Hkv, K, D]`, `mask [B, 1, Q, K]` as `hidden` makes it.
 
     The query heads of one key head are laid along the query axis, so keys are never repeated.
     """
     batch, heads, queries, width = q.shape
     groups = heads // k.shape[1]
     folded = q.reshape(batch, k.shape[1], groups * queries, width)
-    tiled = mask.repeat(1, 1, groups, 1) if groups > 1 else mask
     if how.softcap or k.shape[2] <= PLAIN_KEYS:
-        scores = (folded @ k.transpose(-1, -2)).float() * how.scaling
+        scores = (folded @ k.transpose(-1, -2)).view(batch, k.shape[1], groups, queries, -1)
         if how.softcap:
-            scores = how.softcap * torch.tanh(scores / how.softcap)
-        weights = scores.masked_fill(~tiled, float("-inf")).softmax(-1)
-        out = weights.to(v.dtype) @ v
+            capped = how.softcap * torch.tanh(scores.float() * (how.scaling / how.softcap))
+            scores = capped + mask[:, :, None]
+        else:
+            scores = torch.add(mask[:, :, None], scores, alpha=how.scaling)  # one pass; fp32 by the mask
+        weights = scores.softmax(-1).to(v.dtype)
+        out = weights.view(batch, k.shape[1], groups * queries, -1) @ v
     else:
+        tiled = mask.to(q.dtype).repeat(1, 1, groups, 1)
         out = nn.functional.scaled_dot_product_attention(folded, k, v, attn_mask=tiled, scale=how.scaling)
     return out.reshape(batch, heads, queries, width)
+
+
+def hidden(seen: Tensor) -> Tensor:
+    """What is added to the scores so that only the `seen` keys count: 0 there and -inf elsewhere, fp32."""
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
 AttentionInterface.register(NAME, attention)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upturn.models._attention import How, sdpa
+from upturn.models._attention import How, hidden, sdpa
 from upturn.trees import Span, TokenTree
 
 UNIT_TOKENS = 192
@@ -67,7 +67,7 @@ class TreePlan:
             if window is not None:
                 mask &= depth_T[q] - depth_T[k] < window
             mask[:, :, 0] |= (queries < 0) | ~mask.any(-1)  # no empty row, so no NaN; padded rows are dropped
-            masks.append(mask[:, None])
+            masks.append(hidden(mask[:, None]))
         return masks
 
     def _grouped(self, q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor], how: How) -> Tensor:
