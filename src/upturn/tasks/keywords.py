@@ -1,6 +1,7 @@
 """One sentence of at most N words that uses the given words: generated without end, judged exactly.
 
-A word counts only as it was given, in any case but not inflected ("runs" is not "run", "dog's" is not "dog").
+A word counts only as it was given, in any case but not inflected ("runs" is not "run", "dog's" is not "dog"), and only
+where it is used: alone in quotation marks (the word "dog") it is mentioned, which solves nothing.
 Words are runs of letters and digits, so that "sea-green" is two; the limit counts the same words.
 
 The value is a product, and exactly 1 where the answer is right:
@@ -27,6 +28,7 @@ TEST_SHARE = 0.2
 """Share of all word combinations that are kept for the test split, whatever the seed."""
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_MENTION = re.compile(r"""["“'‘]\s*[^\W_]+\s*[.,;:!?]?["”'’](?![^\W_])""")
 _ABBREVIATION = re.compile(r"\b(Mr|Mrs|Ms|Dr|St|[A-Z])\.(?=\s)")
 _CLOSED = r"[\"'”’)\]*]*"
 _END = re.compile(rf"[.!?…]+{_CLOSED}$")
@@ -86,7 +88,8 @@ class Keywords:
         words = _WORD.findall(answer.lower())
         if not words:
             return Score(0.0, False, "empty")
-        missing = [word for word in asked if word not in words]
+        used = _WORD.findall(_MENTION.sub(" ", answer.lower()))
+        missing = [word for word in asked if word not in used]
         sentences = num_sentences(answer)
         faults = {
             f"missing: {', '.join(missing)}": 1 - len(missing) / max(1, len(asked)),
