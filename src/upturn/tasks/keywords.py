@@ -28,7 +28,7 @@ TEST_SHARE = 0.2
 """Share of all word combinations that are kept for the test split, whatever the seed."""
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-_MENTION = re.compile(r"""["“'‘]\s*[^\W_]+\s*[.,;:!?]?["”'’](?![^\W_])""")
+_MENTION = re.compile(r"""["“'‘]\s*[^\W_]+\s*[.,;:]?["”'’](?![^\W_])""")
 _ABBREVIATION = re.compile(r"\b(Mr|Mrs|Ms|Dr|St|[A-Z])\.(?=\s)")
 _CLOSED = r"[\"'”’)\]*]*"
 _END = re.compile(rf"[.!?…]+{_CLOSED}$")
