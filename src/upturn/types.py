@@ -42,6 +42,13 @@ class Draft:
     """Tokens of the context."""
     cached_tokens: int
     """How many of those were already in the KV cache."""
+    num_tokens_told: int | None = None
+    """Tokens generated, where an endpoint tells only their number."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens generated; 0 where an endpoint tells neither ids nor their number."""
+        return len(self.token_ids) if self.num_tokens_told is None else self.num_tokens_told
 
     @property
     def complete(self) -> bool:
@@ -59,6 +66,8 @@ class Score:
     """Whether the answer counts as right (False where only a reward model judged)."""
     note: str = ""
     """Why, in a few words; also holds the reason of a failed judgement."""
+    answer: str = ""
+    """Canonical final answer, by which drafts vote and agree; '' where the draft has none."""
 
 
 @dataclass(frozen=True, slots=True)
