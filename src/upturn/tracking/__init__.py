@@ -1,1 +1,1 @@
-"""Progress and metrics, as files first."""
+"""Progress and events: shown in the terminal, kept in the run folder, sent to trackers."""

@@ -5,17 +5,21 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from upturn.tracking import events
 
 Mode = Literal["auto", "plain", "quiet"]
 console = Console(stderr=True)
 _mode: Mode = "auto"
 PLAIN_EVERY = 30.0
 """Seconds between two lines of plain progress."""
+EVENT_EVERY = 1.0
+"""Seconds between two events of one bar."""
 
 
 def set_mode(mode: Mode) -> None:
@@ -45,10 +49,14 @@ class Bar:
         self._done, self._start = 0, time.monotonic()
         self._last = self._start
         self._task = bar.add_task(label, total=total, rate="", extra="") if bar else None
+        self._extra, self._told = "", -1
+        self._tell_if_due()
 
     def advance(self, count: int = 1, extra: str = "") -> None:
         """Count finished units; `extra` is a short figure to show, such as the loss."""
         self._done += count
+        self._extra = extra
+        self._tell_if_due()
         now = time.monotonic()
         rate = self._done / max(now - self._start, 1e-9)
         if self._bar and self._task is not None:
@@ -58,12 +66,35 @@ class Bar:
             left = (self._total - self._done) / rate
             say(f"{self._label}: {self._done}/{self._total}, {rate:.1f} {self._unit}/s, {left:.0f} s left {extra}")
 
+    def close(self) -> None:
+        """Tell how far it came."""
+        if self._told != self._done:
+            self._tell()
+
+    def _tell_if_due(self) -> None:
+        if events.due(f"progress {self._label}", EVENT_EVERY):
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told = self._done
+        rate = self._done / max(time.monotonic() - self._start, 1e-9)
+        events.emit(
+            "progress",
+            label=self._label,
+            done=self._done,
+            total=self._total,
+            unit=self._unit,
+            rate=round(rate, 4),
+            extra=self._extra,
+        )
+
 
 @contextmanager
 def track(label: str, total: int, unit: str) -> Iterator[Bar]:
     """A progress bar for `total` units of work."""
     if _mode != "auto" or not sys.stderr.isatty():
-        yield Bar(label, total, unit, None)
+        with closing(Bar(label, total, unit, None)) as counted:
+            yield counted
         return
     columns = (
         TextColumn("{task.description}"),
@@ -74,5 +105,5 @@ def track(label: str, total: int, unit: str) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[extra]}"),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
-        yield Bar(label, total, unit, bar)
+    with Progress(*columns, console=console, transient=True) as bar, closing(Bar(label, total, unit, bar)) as counted:
+        yield counted
