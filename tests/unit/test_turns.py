@@ -1,6 +1,7 @@
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from upturn.evaluation.summary import Summary, TrainingRow, measure
 from upturn.evaluation.turns import gain, majority, pass_at_k, pooled_gain, transitions, turn_table
 from upturn.types import Attempt, Draft, Prompt, Score
 
+QUALITY: Any = {"label_precision": 0.9, "chosen_earlier": 0.2}
 DOCS = Path(__file__).parents[2] / "docs" / "summary.md"
 
 
@@ -35,11 +37,8 @@ def chains(better: int, worse: int, stayed_right: int, stayed_wrong: int) -> lis
 
 def parallel(*answers: tuple[str, bool]) -> Attempt:
     drafts = tuple(draft(place, 1, (), text) for place, (text, _) in enumerate(answers))
-    return Attempt(Prompt("p", "question"), drafts, tuple(Score(float(right), right) for _, right in answers))
-
-
-def vote_key(prompt: Prompt, answer: str) -> str:
-    return answer.strip()
+    scores = tuple(Score(float(right), right, answer=text.strip()) for text, right in answers)
+    return Attempt(Prompt("p", "question"), drafts, scores)
 
 
 def test_turn_table_worked_by_hand():
@@ -152,7 +151,7 @@ def test_majority_worked_by_hand():
         parallel(("", False), ("", False), ("5", False), ("7", True)),  # a tie goes to the earlier 5
         parallel(("", False), ("", False), ("", False), ("", False)),  # nobody votes: wrong
     ]
-    row = majority(votes, vote_key)
+    row = majority(votes)
     assert (row.votes, row.n, row.accuracy, row.oracle, row.tokens) == (4, 3, 1 / 3, 2 / 3, 36)
     assert row.low < 1 / 3 < row.high
 
@@ -170,7 +169,7 @@ def test_pass_at_k_worked_by_hand():
 
 def test_a_summary_survives_the_disk(tmp_path: Path):
     training = TrainingRow(
-        label="sft", iteration=0, pairs=3, steps=2, tokens=90, seconds=1.5, dropped={"tie": 4}, final_loss=0.7
+        label="sft", iteration=0, pairs=3, steps=2, tokens=90, seconds=1.5, dropped={}, final_loss=0.7, **QUALITY
     )
     summary = Summary(
         upturn="0.1.0",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,6 +35,10 @@ class Measurement(Strict):
     """The last turn against the first; null where there is only one turn."""
     majority: Majority | None
     """The vote of parallel drafts at about the same number of tokens; null where it was not measured."""
+    kl_start: float | None = None
+    """Nats per token: KL(this model || the first measured one), along this model's direct answers."""
+    kl_previous: float | None = None
+    """The same against the model measured before."""
     tokens: int
     """Tokens generated over all turns, without the vote's."""
 
@@ -62,6 +66,10 @@ class TrainingRow(Strict):
     """Wall time."""
     dropped: dict[str, int]
     """Candidates that made no pair, by reason."""
+    label_precision: float
+    """Share of the pairs whose chosen draft is right and whose rejected draft is wrong, by the verifier."""
+    chosen_earlier: float
+    """Share of the pairs whose chosen draft has the lower turn: the chain made it worse."""
     final_loss: float | None
     """Loss of the last step."""
     metrics: dict[str, float | None] = Field(default_factory=dict)
@@ -79,6 +87,8 @@ class Stage(Strict):
     """Whether this run read it back instead of doing it."""
     tokens: int = 0
     """Tokens generated or trained on."""
+    peak_memory_mb: float | None = None
+    """Most memory in use while it was done, in MiB: of the GPU where there is one, else of the process."""
 
 
 class Summary(Strict):
@@ -127,9 +137,15 @@ class Summary(Strict):
 
 
 def measure(
-    label: str, iteration: int, attempts: Sequence[Attempt], *, vote: Majority | None = None, seed: int = 0
+    label: str,
+    iteration: int,
+    attempts: Sequence[Attempt],
+    *,
+    vote: Majority | None = None,
+    drift: Mapping[str, float] | None = None,
+    seed: int = 0,
 ) -> Measurement:
-    """The measurement of one model from its scored attempts."""
+    """The measurement of one model from its scored attempts; `drift` has the KL by 'start' and 'previous'."""
     rows, flips = turn_table(attempts), transitions(attempts)
     ends = flips and (rows[0].turn, rows[-1].turn) in {(flip.first, flip.last) for flip in flips}
     return Measurement(
@@ -140,10 +156,17 @@ def measure(
         transitions=tuple(flips),
         gain=gain(attempts, rows[0].turn, rows[-1].turn, seed) if ends else None,
         majority=vote,
+        kl_start=(drift or {}).get("start"),
+        kl_previous=(drift or {}).get("previous"),
         tokens=sum(row.tokens for row in rows),
     )
 
 
-def drafts_file(label: str) -> str:
-    """Where a run folder holds the scored attempts of a measurement, one JSON line each."""
-    return f"drafts/{label.replace(' ', '-')}.jsonl"
+def drafts_file(label: str, *, parallel: bool = False, reward: bool = False) -> str:
+    """Where a run folder holds the scored attempts of a measurement, one JSON line each.
+
+    The chains by default, the independent answers of the controls with `parallel`; judged by the verifier, or by
+    the scorer that trains with `reward`.
+    """
+    kind = ".parallel" * parallel + ".reward" * reward
+    return f"drafts/{label.replace(' ', '-')}{kind}.jsonl"

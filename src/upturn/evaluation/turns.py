@@ -19,17 +19,15 @@ pass@k       mean of 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, arXiv:2107.03374
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from math import comb, isnan, sqrt
 
 import numpy as np
-from scipy.stats import binomtest
 
 from upturn._model import Strict
-from upturn.types import Attempt, Draft, Prompt, Score
-
-NUM_RESAMPLES = 10_000
+from upturn.evaluation import stats
+from upturn.types import Attempt, Draft, Score
 
 
 class TurnRow(Strict):
@@ -126,7 +124,7 @@ def turn_table(attempts: Sequence[Attempt]) -> list[TurnRow]:
     answers: defaultdict[int, list[Score]] = defaultdict(list)
     copies: defaultdict[int, list[bool]] = defaultdict(list)
     for attempt in attempts:
-        for turn, score in _answers(attempt).items():
+        for turn, score in answers_of(attempt).items():
             answers[turn].append(score)
         for draft in attempt.drafts:
             drafts[draft.turn].append(draft)
@@ -136,7 +134,7 @@ def turn_table(attempts: Sequence[Attempt]) -> list[TurnRow]:
 
 
 def _turn_row(turn: int, drafts: list[Draft], answers: list[Score], copies: list[bool]) -> TurnRow:
-    accuracy, low, high = _wilson(sum(score.right for score in answers), len(answers))
+    accuracy, low, high = stats.wilson(sum(score.right for score in answers), len(answers))
     values = [score.value for score in answers if not isnan(score.value)]
     return TurnRow(
         turn=turn,
@@ -156,7 +154,7 @@ def _turn_row(turn: int, drafts: list[Draft], answers: list[Score], copies: list
 
 def transitions(attempts: Sequence[Attempt]) -> list[Transition]:
     """One row per pair of turns a < b that some prompt has both of, in order."""
-    answers = [_answers(attempt) for attempt in attempts]
+    answers = [answers_of(attempt) for attempt in attempts]
     turns = sorted({turn for answer in answers for turn in answer})
     rows = [_transition(answers, first, last) for first, last in combinations(turns, 2)]
     return [row for row in rows if row.n]
@@ -173,7 +171,7 @@ def _transition(answers: Sequence[dict[int, Score]], first: int, last: int) -> T
         right_to_wrong=worse,
         stayed_right=flips[True, True],
         stayed_wrong=flips[False, False],
-        p_value=float(binomtest(better, better + worse).pvalue) if better + worse else 1.0,
+        p_value=stats.mcnemar(better, worse),
         detectable=280 * sqrt(better + worse) / n if n else 0.0,
     )
 
@@ -191,21 +189,13 @@ def pooled_gain(runs: Sequence[Sequence[Attempt]], first: int, last: int, seed: 
     Raises ValueError where a run has no prompt with both turns.
     """
     sums_RP, counts_RP = _differences(runs, first, last)
-    num_runs, num_prompts = sums_RP.shape
-    # Prompts with the same values in every run are exchangeable, so resampling how often each distinct column
-    # occurs is the prompt bootstrap itself: ((B, U) @ (U, R)) with a handful of columns instead of thousands.
-    columns, times_U = np.unique(np.vstack([sums_RP, counts_RP]), axis=1, return_counts=True)
-    sums_RU, counts_RU = columns[:num_runs], columns[num_runs:]
     rng = np.random.default_rng(seed)
-    prompts_BU = rng.multinomial(num_prompts, times_U / num_prompts, size=NUM_RESAMPLES)
-    runs_BR = rng.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=NUM_RESAMPLES)
-    means_BR = (prompts_BU @ sums_RU.T) / np.maximum(prompts_BU @ counts_RU.T, 1)
-    resampled = 100 * (runs_BR * means_BR).sum(axis=1) / num_runs
+    resampled = 100 * stats.over_runs(stats.over_prompts(sums_RP, counts_RP, rng), rng)
     low, high = np.percentile(resampled, [2.5, 97.5])
     return Gain(
         first=first,
         last=last,
-        n=num_prompts,
+        n=sums_RP.shape[1],
         points=float(100 * (sums_RP.sum(axis=1) / counts_RP.sum(axis=1)).mean()),
         low=float(low),
         high=float(high),
@@ -217,7 +207,7 @@ def _differences(runs: Sequence[Sequence[Attempt]], first: int, last: int) -> tu
     by_prompt: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
     for run, attempts in enumerate(runs):
         for attempt in attempts:
-            answers = _answers(attempt)
+            answers = answers_of(attempt)
             if first in answers and last in answers:
                 by_prompt[attempt.prompt.id].append((run, answers[last].right - answers[first].right))
     sums, counts = np.zeros((2, len(runs), len(by_prompt)))
@@ -230,28 +220,31 @@ def _differences(runs: Sequence[Sequence[Attempt]], first: int, last: int) -> tu
     return sums, counts
 
 
-def majority(attempts: Sequence[Attempt], key: Callable[[Prompt, str], str]) -> Majority:
-    """The vote of each attempt's drafts by `key` (a task's `vote_key`); '' does not vote.
-
-    A tie goes to the answer that was given first, and an answer is judged by the first draft that gave it.
-    """
-    right = 0
-    for attempt in attempts:
-        keys = [key(attempt.prompt, draft.text) for draft in attempt.drafts]
-        votes = Counter(vote for vote in keys if vote)
-        if votes:  # most_common keeps first-met order among equals
-            winner = votes.most_common(1)[0][0]
-            right += _scores(attempt)[keys.index(winner)].right
-    accuracy, low, high = _wilson(right, len(attempts))
+def majority(attempts: Sequence[Attempt]) -> Majority:
+    """The vote of each attempt's drafts."""
+    right = sum(vote(scores_of(attempt)) for attempt in attempts)
+    accuracy, low, high = stats.wilson(right, len(attempts))
     return Majority(
         votes=max((len(attempt.drafts) for attempt in attempts), default=0),
         n=len(attempts),
         accuracy=accuracy,
         low=low,
         high=high,
-        oracle=sum(any(s.right for s in _scores(a)) for a in attempts) / max(len(attempts), 1),
+        oracle=sum(any(s.right for s in scores_of(a)) for a in attempts) / max(len(attempts), 1),
         tokens=sum(_tokens(attempt.drafts) for attempt in attempts),
     )
+
+
+def vote(scores: Sequence[Score]) -> bool:
+    """Whether the most frequent final answer (`Score.answer`; '' does not vote) is right; without any vote it is not.
+
+    A tie goes to the answer that was given first, and an answer is judged by the first draft that gave it.
+    """
+    votes = Counter(score.answer for score in scores if score.answer)
+    if not votes:
+        return False
+    winner = votes.most_common(1)[0][0]  # keeps first-met order among equals
+    return next(score.right for score in scores if score.answer == winner)
 
 
 def pass_at_k(attempts: Sequence[Attempt], k: int) -> float:
@@ -259,39 +252,46 @@ def pass_at_k(attempts: Sequence[Attempt], k: int) -> float:
 
     Raises ValueError where an attempt has fewer than k drafts.
     """
-    return sum(_pass_at_k(attempt, k) for attempt in attempts) / len(attempts)
+    return sum(pass_chance(attempt, k) for attempt in attempts) / len(attempts)
 
 
-def _pass_at_k(attempt: Attempt, k: int) -> float:
-    n, right = len(attempt.drafts), sum(score.right for score in _scores(attempt))
+def pass_chance(attempt: Attempt, k: int) -> float:
+    """The chance that k of the attempt's drafts, drawn without order, hold a right one: 1 - C(n-c, k) / C(n, k).
+
+    Raises ValueError where it has fewer than k drafts.
+    """
+    n, right = len(attempt.drafts), sum(score.right for score in scores_of(attempt))
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} of prompt {attempt.prompt.id}: it has {n} drafts")
     return 1 - comb(n - right, k) / comb(n, k)
 
 
-def _scores(attempt: Attempt) -> tuple[Score, ...]:
+def scores_of(attempt: Attempt) -> tuple[Score, ...]:
+    """One score per draft."""
     assert len(attempt.scores) == len(attempt.drafts), f"attempt {attempt.prompt.id} is not scored"
     return attempt.scores
 
 
-def _scored(attempt: Attempt) -> Iterator[tuple[Draft, Score]]:
-    return zip(attempt.drafts, _scores(attempt), strict=True)
+def scored(attempt: Attempt) -> Iterator[tuple[Draft, Score]]:
+    """Drafts with their scores."""
+    return zip(attempt.drafts, scores_of(attempt), strict=True)
 
 
-def _answers(attempt: Attempt) -> dict[int, Score]:
+def answers_of(attempt: Attempt) -> dict[int, Score]:
     """By turn: the score of the turn's first draft."""
     answers: dict[int, Score] = {}
-    for draft, score in _scored(attempt):
+    for draft, score in scored(attempt):
         answers.setdefault(draft.turn, score)
     return answers
 
 
-def _wilson(right: int, n: int) -> tuple[float, float, float]:
-    if not n:
-        return 0.0, 0.0, 1.0
-    interval = binomtest(right, n).proportion_ci(method="wilson")
-    return right / n, float(interval.low), float(interval.high)
+def judged_of(attempt: Attempt) -> dict[int, tuple[Draft, Score]]:
+    """By turn: the turn's first draft with its score."""
+    judged: dict[int, tuple[Draft, Score]] = {}
+    for draft, score in scored(attempt):
+        judged.setdefault(draft.turn, (draft, score))
+    return judged
 
 
 def _tokens(drafts: Sequence[Draft]) -> int:
-    return sum(len(draft.token_ids) for draft in drafts)
+    return sum(draft.num_tokens for draft in drafts)

@@ -1,0 +1,124 @@
+"""From scored attempts to a `Study`: every measure of one model, and of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from upturn.errors import RunError
+from upturn.evaluation import stats, values
+from upturn.evaluation.advice import advice
+from upturn.evaluation.ceilings import ceilings
+from upturn.evaluation.controls import as_gain, cost_points, excess, num_parallel, resample
+from upturn.evaluation.drift import drift
+from upturn.evaluation.revisions import corrected, paths, revisions
+from upturn.evaluation.stats import Estimate
+from upturn.evaluation.stopping import stops
+from upturn.evaluation.study import ModelStudy, PassAt, Progress, Study
+from upturn.evaluation.summary import Summary
+from upturn.evaluation.turns import Gain, gain, pass_chance, transitions, turn_table
+from upturn.evaluation.verdicts import verdict
+from upturn.types import Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """All scored attempts of one model."""
+
+    label: str
+    iteration: int
+    chain: Sequence[Attempt]
+    """One draft per turn, judged by the verifier."""
+    parallel: Sequence[Attempt] = ()
+    """Direct answers for the controls, judged by the verifier; none where they were not sampled."""
+    chain_rewards: Sequence[Attempt] | None = None
+    """The chains as the training scorer judged them; None where that is the verifier."""
+    parallel_rewards: Sequence[Attempt] | None = None
+    """The same of the parallel answers."""
+    kl_start: float | None = None
+    kl_previous: float | None = None
+
+
+def study(summary: Summary, measured: Sequence[Measured]) -> Study:
+    """A run as it is shown: its models in the order they were measured, the first one being the base."""
+    models = tuple(
+        model_study(one, measured[0] if place else None, measured[place - 1] if place else None, summary.seed)
+        for place, one in enumerate(measured)
+    )
+    return Study(
+        name=summary.name,
+        recipe=summary.recipe,
+        model=summary.model,
+        task=summary.task,
+        seed=summary.seed,
+        status=summary.status,
+        models=models,
+        training=summary.training,
+        stages=summary.stages,
+        advice=advice(models, summary.training) if summary.training else None,
+        verdict=verdict(models),
+    )
+
+
+def model_study(
+    model: Measured, base: Measured | None = None, before: Measured | None = None, seed: int = 0
+) -> ModelStudy:
+    """Every measure of one model; `base` is the model before training, `before` the one measured before.
+
+    Controls and comparisons rest on the prompts that both sides have. Raises RunError where nothing was measured.
+    """
+    if not model.chain:
+        raise RunError(f"measurement of {model.label}", "It has no attempts.", "Measure it on one prompt or more.")
+    flips, turns = transitions(model.chain), turn_table(model.chain)
+    ends = turns[0].turn, turns[-1].turn
+    chain, parallel = model.chain, model.parallel
+    return ModelStudy(
+        label=model.label,
+        iteration=model.iteration,
+        n=len({attempt.prompt.id for attempt in chain}),
+        turns=tuple(turns),
+        gain=gain(chain, *ends, seed) if ends in {(flip.first, flip.last) for flip in flips} else None,
+        direct_gain=_direct_gain(model, base, seed) if base else None,
+        tests=corrected(flips),
+        revisions=revisions(chain),
+        paths=paths(chain),
+        costs=cost_points(chain, parallel, model.parallel_rewards),
+        stops=stops(chain),
+        ceilings=ceilings(chain, parallel, model.parallel_rewards, seed),
+        control=resample(chain, parallel, seed),
+        excess=excess(chain, parallel, seed),
+        drift=drift(chain, parallel, model.kl_start, model.kl_previous, model.chain_rewards, seed),
+        progress=progress(model, before, seed) if before else None,
+    )
+
+
+def progress(model: Measured, before: Measured, seed: int = 0) -> Progress | None:
+    """What a model gained over another on the same prompts; None where they share none."""
+    first = _change(model.chain, before.chain, values.first_right, seed)
+    last = _change(model.chain, before.chain, values.last_right, seed)
+    gained = _change(model.chain, before.chain, values.gained, seed)
+    if first is None or last is None or gained is None:
+        return None
+    reward = _change(model.chain_rewards or (), before.chain_rewards or (), lambda a: values.last(a).value, seed)
+    large = _pass_change(model, before, seed)
+    return Progress(before=before.label, direct=first, last=last, gain=gained, pass_large=large, reward=reward)
+
+
+def _pass_change(model: Measured, before: Measured, seed: int) -> PassAt | None:
+    k = min(num_parallel(model.parallel), num_parallel(before.parallel))
+    if not k:
+        return None
+    share = _change(model.parallel, before.parallel, lambda attempt: pass_chance(attempt, k), seed)
+    return PassAt(k=k, share=share) if share else None
+
+
+def _change(
+    after: Sequence[Attempt], before: Sequence[Attempt], number: values.Number, seed: int
+) -> Estimate | None:
+    differences = values.minus(values.per_prompt(after, number), values.per_prompt(before, number))
+    return stats.mean(differences, seed) if differences else None
+
+
+def _direct_gain(model: Measured, base: Measured, seed: int) -> Gain | None:
+    change = _change(model.chain, base.chain, values.first_right, seed)
+    return as_gain(change, 1, 1) if change else None

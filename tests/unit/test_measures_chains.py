@@ -1,0 +1,326 @@
+"""Every measure of one model, worked by hand on four prompts, and the laws that hold for any attempts."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import pytest
+import scripted
+from hypothesis import given
+from hypothesis import strategies as st
+
+from upturn.errors import RunError
+from upturn.evaluation import assemble, stats, words
+from upturn.evaluation.assemble import Measured, model_study
+from upturn.evaluation.ceilings import ceilings
+from upturn.evaluation.controls import at_equal_tokens, cost_points
+from upturn.evaluation.drift import identical
+from upturn.evaluation.revisions import corrected, paths, revisions
+from upturn.evaluation.stopping import stops
+from upturn.evaluation.study import Ceilings, CostPoint, Drift, ModelStudy, StopRule
+from upturn.evaluation.turns import pass_at_k, transitions
+from upturn.types import Attempt
+
+CHAIN = [
+    scripted.chain("a", "wrr", ["a b c", "a b d", "a b d"], "122"),
+    scripted.chain("b", "rrw", ["x", "y", "z"], "556"),
+    scripted.chain("c", "www", ["same", "same", "same"], "999"),
+    scripted.chain("d", "rrr", ["p q", "p q", "p"], "777"),
+]
+"""Two, three and four generated tokens, five, eight and eleven context tokens."""
+PARALLEL = [
+    scripted.parallel("a", "wwr", ["u v", "u v", "w"], "132"),
+    scripted.parallel("b", "rrw", ["x", "x", "x"], "556"),
+    scripted.parallel("c", "www", ["k", "l", "m"], "988"),
+    scripted.parallel("d", "rwr", ["o", "p", "q"], "747"),
+]
+"""Two generated tokens each, five context tokens."""
+REWARDS = [
+    scripted.rewarded(PARALLEL[0], 0.1, 0.9, 0.5),
+    scripted.rewarded(PARALLEL[1], 0.2, 0.3, 0.9),
+    scripted.rewarded(PARALLEL[2], math.nan, math.nan, math.nan),
+    scripted.rewarded(PARALLEL[3], 0.9, 0.1, math.nan),
+]
+
+patterns = st.lists(st.text("rw", min_size=3, max_size=3), min_size=1, max_size=20)
+
+
+def chains(rows: list[str]) -> list[Attempt]:
+    return [scripted.chain(str(place), row, answers=row) for place, row in enumerate(rows)]
+
+
+def siblings(rows: list[str]) -> list[Attempt]:
+    return [scripted.parallel(str(place), row, answers=row) for place, row in enumerate(rows)]
+
+
+def points(method: str) -> list[CostPoint]:
+    return [point for point in cost_points(CHAIN, PARALLEL, REWARDS) if point.method == method]
+
+
+def rule(name: str, turns: int = 3) -> StopRule:
+    return next(found for found in stops(CHAIN) if (found.name, found.turns) == (name, turns))
+
+
+# revisions and paths
+
+
+def test_revisions_worked_by_hand():
+    one, two, both = revisions(CHAIN)
+    assert [(row.first, row.last, row.n) for row in (one, two, both)] == [(1, 2, 4), (2, 3, 4), (1, 3, 4)]
+    assert one.fixed and one.broken and two.fixed and two.broken and both.fixed and both.broken
+    assert (one.fixed.value, one.fixed.n, one.broken.value, one.broken.n) == (1 / 2, 2, 0, 2)
+    assert (two.fixed.value, two.fixed.n, two.broken.value, two.broken.n) == (0, 1, 1 / 3, 3)
+    assert (both.fixed.value, both.broken.value) == (1 / 2, 1 / 2)
+    assert (one.copied, one.copied_right, one.copied_wrong) == (1 / 2, 1 / 2, 1 / 2)
+    assert (two.copied, two.copied_right, two.copied_wrong) == (1 / 2, pytest.approx(1 / 3), 1)
+    assert (both.copied, both.copied_right, both.copied_wrong) == (1 / 4, 0, 1 / 2)
+    # a: one of three words; b: its only word; c: nothing; d: one of two words is gone
+    assert one.edit_distance == pytest.approx((1 / 3 + 1 + 0 + 0) / 4)
+    assert two.edit_distance == pytest.approx((0 + 1 + 0 + 1 / 2) / 4)
+    assert both.edit_distance == pytest.approx((1 / 3 + 1 + 0 + 1 / 2) / 4)
+
+
+def test_a_chain_of_two_turns_has_one_revision():
+    assert [(row.first, row.last) for row in revisions(chains(["wr"]))] == [(1, 2)]
+    only_wrong = revisions(chains(["wr"]))[0]
+    assert (only_wrong.broken, only_wrong.copied_right) == (None, None)
+
+
+def test_paths_worked_by_hand():
+    found = [(path.pattern, path.count) for path in paths([*CHAIN, *chains(["wrr", "www", "wrr"])])]
+    assert found == [("wrr", 3), ("www", 2), ("rrr", 1), ("rrw", 1)]
+
+
+def test_tests_are_corrected_over_all_pairs_of_turns():
+    rows = transitions(chains(["wrr"] * 9 + ["rrw"] + ["www"] * 5))
+    found = corrected(rows)
+    assert [test.flips for test in found] == rows
+    assert tuple(test.p_holm for test in found) == stats.holm([row.p_value for row in rows])
+
+
+@given(patterns)
+def test_paths_and_flips_count_every_prompt(rows: list[str]):
+    attempts = chains(rows)
+    assert sum(path.count for path in paths(attempts)) == len(rows)
+    for revision, flips in zip(revisions(attempts), [transitions(attempts)[place] for place in (0, 2, 1)], strict=True):
+        fixed = revision.fixed.value * revision.fixed.n if revision.fixed else 0
+        broken = revision.broken.value * revision.broken.n if revision.broken else 0
+        assert (fixed, broken) == pytest.approx((flips.wrong_to_right, flips.right_to_wrong))
+
+
+# words
+
+
+def levenshtein(old: list[str], new: list[str]) -> int:
+    if not old or not new:
+        return len(old) + len(new)
+    swap = levenshtein(old[1:], new[1:]) + (old[0] != new[0])
+    return min(swap, levenshtein(old[1:], new) + 1, levenshtein(old, new[1:]) + 1)
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=5), st.lists(st.sampled_from("abc"), max_size=5))
+def test_edit_distance_agrees_with_brute_force(old: list[str], new: list[str]):
+    expected = levenshtein(old, new) / max(len(old), len(new), 1)
+    assert words.edit_distance(" ".join(old), "\n".join(new)) == pytest.approx(expected)
+
+
+def test_chinese_characters_are_words():
+    assert words.words("两个 apples") == ["两", "个", "apples"]
+    assert words.edit_distance("二加三", "二加四") == pytest.approx(1 / 3)
+
+
+def test_distinct_worked_by_hand():
+    texts = ["a b a b", "a b"]  # unigrams a b a b a b; bigrams ab ba ab, ab; trigrams aba bab
+    assert [words.distinct(texts, n) for n in (1, 2, 3, 5)] == [2 / 6, 2 / 4, 2 / 2, None]
+
+
+# controls
+
+
+def test_costs_of_the_chain_worked_by_hand():
+    found = [(p.k, p.accuracy.value, p.tokens, p.prompt_tokens) for p in points("refine")]
+    assert found == [(1, 0.5, 2, 5), (2, 0.75, 5, 13), (3, 0.5, 9, 24)]
+
+
+def test_costs_of_direct_answers_worked_by_hand():
+    # votes: a splits, so its first answer stands; b says 5; c says 9, 9, 8; d says 7
+    assert [point.accuracy.value for point in points("majority")] == [0.5, 0.5, 0.5]
+    # by reward: a's second is wrong; b's first two are right; c has no judgement; d's first is right
+    assert [point.accuracy.value for point in points("best of n")] == [0.5, 0.5, 0.25]
+    assert [point.accuracy.value for point in points("resample")] == [0.5, 0.25, 0.5]
+    assert [(point.k, point.tokens, point.prompt_tokens) for point in points("majority")] == [
+        (1, 2, 5),
+        (2, 4, 10),
+        (3, 6, 15),
+    ]
+
+
+def test_a_verifier_is_no_chooser_and_silence_is_no_vote():
+    silent = [scripted.parallel("a", "wr")]
+    assert {point.method for point in cost_points(CHAIN[:1], silent)} == {"refine", "resample"}
+
+
+def test_a_chain_that_ended_early_keeps_its_answer():
+    found = [p for p in cost_points([*chains(["wr"]), scripted.chain("z", "r")]) if p.method == "refine"]
+    assert [(point.accuracy.value, point.accuracy.n, point.tokens) for point in found] == [(0.5, 2, 2), (1.0, 2, 3.5)]
+
+
+def test_equal_tokens_are_linear_between_points():
+    fresh = points("resample")  # 2, 4, 6 tokens: 0.5, 0.25, 0.5
+    middle = at_equal_tokens(fresh, 4.5)
+    assert middle and (middle.value, middle.n) == (pytest.approx(0.75 * 0.25 + 0.25 * 0.5), 4)
+    assert at_equal_tokens(fresh, 4) == fresh[1].accuracy
+    assert at_equal_tokens(fresh, 6) == fresh[2].accuracy
+    assert (at_equal_tokens(fresh, 1.9), at_equal_tokens(fresh, 6.1), at_equal_tokens([], 5)) == (None, None, None)
+
+
+@given(patterns, patterns)
+def test_more_drafts_cost_more(rows: list[str], others: list[str]):
+    found = cost_points(chains(rows), siblings(others))
+    for method in {point.method for point in found}:
+        line = [point for point in found if point.method == method]
+        assert [point.k for point in line] == [1, 2, 3]
+        assert all(a.tokens < b.tokens and a.prompt_tokens < b.prompt_tokens for a, b in pairwise(line))
+
+
+def test_gain_is_what_fresh_answers_give_and_what_refining_adds():
+    # mean direct minus turn 1: (1/3, -1/3, 0, -1/3); turn 3 minus mean direct: (2/3, -2/3, 0, 1/3)
+    found = model_study(Measured("m", 0, CHAIN, PARALLEL))
+    assert found.control and found.excess and found.gain
+    assert found.control.points == pytest.approx(-100 / 12)
+    assert found.excess.value == pytest.approx(1 / 12)
+    assert found.gain.points == pytest.approx(found.control.points + 100 * found.excess.value)
+
+
+# stopping
+
+
+@pytest.mark.parametrize(
+    ("name", "turns", "accuracy", "tokens", "mean_turns"),
+    [
+        ("fixed", 1, 0.5, 2, 1),
+        ("fixed", 2, 0.75, 5, 2),
+        ("fixed", 3, 0.5, 9, 3),
+        ("unchanged", 3, 0.5, (9 + 9 + 5 + 5) / 4, 2.5),
+        ("agreement", 3, 0.75, (9 + 5 + 5 + 5) / 4, 2.25),
+        ("oracle", 3, 0.75, (5 + 2 + 9 + 2) / 4, 1.75),
+    ],
+)
+def test_stop_rules_worked_by_hand(name: str, turns: int, accuracy: float, tokens: float, mean_turns: float):
+    found = rule(name, turns)
+    assert (found.accuracy.value, found.tokens, found.mean_turns) == (accuracy, tokens, mean_turns)
+
+
+def test_without_final_answers_nothing_agrees():
+    names = [found.name for found in stops([scripted.chain("a", "wr"), scripted.chain("b", "rr")])]
+    assert names == ["fixed", "fixed", "unchanged", "oracle"]
+    assert [found.name for found in stops([scripted.chain("a", "w")])] == ["fixed"]
+
+
+@given(patterns)
+def test_no_rule_beats_the_oracle(rows: list[str]):
+    found = stops(chains(rows))
+    oracle = next(one for one in found if one.name == "oracle")
+    assert all(one.accuracy.value <= oracle.accuracy.value for one in found)
+    assert all(one.mean_turns <= one.turns and one.tokens <= found[2].tokens for one in found)
+
+
+# ceilings
+
+
+def test_ceilings_worked_by_hand():
+    found = ceilings(CHAIN, PARALLEL, REWARDS)
+    assert found and found.verification_gap and found.refinement_gap
+    # right answers of three: 1, 2, 0, 2
+    assert [(row.k, row.share.value) for row in found.pass_at] == [
+        (1, pytest.approx(5 / 12)),
+        (2, pytest.approx((2 / 3 + 1 + 0 + 1) / 4)),
+        (3, 0.75),
+    ]
+    assert found.verification_gap.value == pytest.approx(1 / 4 - 5 / 12)
+    assert found.relative_gap == pytest.approx((1 / 4 - 5 / 12) / (7 / 12))
+    assert found.refinement_gap.value == 0  # turn 3: a, d; the vote: b, d
+    assert found.refinement_gap.n == 4
+
+
+def test_the_gap_of_the_verifier_is_pass_at_n_minus_pass_at_1():
+    found = ceilings(CHAIN, PARALLEL)
+    assert found and found.verification_gap
+    assert found.verification_gap.value == pytest.approx(found.pass_at[-1].share.value - found.pass_at[0].share.value)
+
+
+def test_too_few_answers_give_no_refinement_gap():
+    two = [replace(attempt, drafts=attempt.drafts[:2], scores=attempt.scores[:2]) for attempt in PARALLEL]
+    found = ceilings(CHAIN, two)
+    assert found and found.refinement_gap is None
+    assert ceilings(CHAIN, []) is None
+
+
+@given(st.lists(st.text("rw", min_size=5, max_size=5), min_size=1, max_size=4), st.integers(1, 5))
+def test_pass_at_k_agrees_with_brute_force(rows: list[str], k: int):
+    shares = [[("r" in subset) for subset in combinations(row, k)] for row in rows]
+    expected = sum(sum(share) / len(share) for share in shares) / len(rows)
+    assert pass_at_k(siblings(rows), k) == pytest.approx(expected)
+
+
+# drift and the whole
+
+
+def test_drift_worked_by_hand():
+    rated = zip(CHAIN, (1, 2, 3, math.nan), strict=True)
+    judged = [scripted.rewarded(attempt, value, 0, 2 * value) for attempt, value in rated]
+    found = model_study(Measured("m", 0, CHAIN, PARALLEL, chain_rewards=judged, kl_start=0.5, kl_previous=0.2)).drift
+    assert (found.kl_start, found.kl_previous) == (0.5, 0.2)
+    assert (found.length, found.length_last, found.entropy) == (2, 4, pytest.approx(0.5))
+    assert (found.reward_first, found.reward) == (2, 4)
+    assert found.pass_large and (found.pass_large.k, found.pass_large.share.value) == (3, 0.75)
+    assert found.identical == pytest.approx((1 / 3 + 1 + 0 + 0) / 4)
+    # a b c, x, same, p q; u v u v w, x x x, k l m, o p q: 14 different words of 21; bigrams ab bc pq uv uv
+    assert found.distinct == (pytest.approx(14 / 21), pytest.approx(4 / 5), 1)
+
+
+def test_an_endpoint_without_logprobs_has_no_entropy():
+    bare = [replace(a, drafts=tuple(replace(d, sampler_logprobs=()) for d in a.drafts)) for a in CHAIN]
+    found = model_study(Measured("m", 0, bare))
+    assert found.drift.entropy is None
+    assert (found.control, found.excess, found.ceilings, found.drift.identical) == (None, None, None, None)
+    assert identical([scripted.parallel("a", "r")]) is None
+
+
+def test_progress_and_direct_gain_worked_by_hand():
+    # base: first turns w w r r, last turns all w; the model: first w r w r, last r w w r
+    base = Measured("base", 0, [scripted.chain(id, p) for id, p in zip("abcd", ("ww", "ww", "rw", "rw"), strict=True)])
+    found = model_study(Measured("m", 1, CHAIN, PARALLEL), base, base)
+    assert found.direct_gain and found.progress
+    assert (found.direct_gain.points, found.direct_gain.n) == (0, 4)
+    assert found.progress.before == "base"
+    assert (found.progress.direct.value, found.progress.last.value, found.progress.gain.value) == (0, 0.5, 0.5)
+    assert (found.progress.pass_large, found.progress.reward) == (None, None)
+
+
+def test_models_are_compared_on_the_prompts_that_both_have():
+    other = Measured("base", 0, CHAIN[:3], PARALLEL[:2])
+    found = assemble.progress(Measured("m", 1, CHAIN, PARALLEL), other)
+    assert found and found.pass_large
+    assert (found.last.n, found.pass_large.share.n, found.pass_large.k) == (3, 2, 3)
+    assert assemble.progress(other, Measured("m", 1, CHAIN[3:])) is None
+
+
+def test_a_model_without_attempts_is_refused():
+    with pytest.raises(RunError, match="measurement of m"):
+        model_study(Measured("m", 0, []))
+
+
+def test_a_study_of_single_answers_has_no_gain():
+    found = model_study(Measured("m", 0, [scripted.chain("a", "r")]))
+    assert (found.gain, found.tests, found.revisions) == (None, (), ())
+
+
+def test_every_measure_is_documented():
+    named = set(re.findall(r"`(\w+)`", (Path(__file__).parents[2] / "docs" / "measures.md").read_text()))
+    fields = {name for record in (ModelStudy, Ceilings, Drift) for name in record.model_fields}
+    assert fields - {"label", "iteration", "n"} <= named
