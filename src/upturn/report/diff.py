@@ -30,7 +30,8 @@ def word_diff(old: str, new: str) -> list[tuple[Change, str]]:
 
 
 def _pieces(old: list[str], new: list[str]) -> Iterator[tuple[Change, str]]:
-    matcher = SequenceMatcher(None, [w.strip() for w in old], [w.strip() for w in new], autojunk=False)
+    # From 200 words on, words that come again and again are no anchors: a model that loops would cost a second a draft.
+    matcher = SequenceMatcher(None, [w.strip() for w in old], [w.strip() for w in new])
     for operation, old_from, old_to, new_from, new_to in matcher.get_opcodes():
         removed, written = "".join(old[old_from:old_to]).strip(), "".join(new[new_from:new_to])
         if operation == "equal":

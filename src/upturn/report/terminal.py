@@ -1,47 +1,76 @@
-"""A run in the terminal: the turn table and coloured diffs."""
+"""A run in the terminal: the turn table, any table of the page, coloured diffs, and the verdict."""
 
 from __future__ import annotations
 
 from rich import box
-from rich.table import Table
+from rich.table import Table as Rich
 from rich.text import Text
 
+from upturn.evaluation.study import Study
 from upturn.evaluation.summary import Measurement, Summary
 from upturn.evaluation.turns import Gain, TurnRow
 from upturn.report.diff import word_diff
-from upturn.report.verdict import direction, interval, signed, verdict
+from upturn.report.formats import NOTHING, between, signed, tone
+from upturn.report.tables import Cell, Table
 
-__all__ = ["diff", "turn_table", "verdict"]
-
-_COLOURS = {"better": "green", "worse": "red", "unclear": ""}
+_TONES = {"better": "green", "worse": "red", "": ""}
 _STYLES = {"same": "", "gap": "", "added": "underline green", "removed": "strike red"}
 
 
-def turn_table(summary: Summary) -> Table:
+def turn_table(summary: Summary) -> Rich:
     """One row per measured model: accuracy per turn in percent, and what the last turn adds to the first."""
     turns = sorted({row.turn for measured in summary.measurements for row in measured.turns})
-    table = Table(
-        title=f"{summary.name}: right answers in %, with 95% intervals",
-        caption="gain: last turn against first, in points · w→r: from wrong to right, r→w: the reverse"
+    drawn = _empty(
+        f"{summary.name}: right answers in %, with 95% intervals",
+        "gain: last turn against first, in points · w→r: from wrong to right, r→w: the reverse"
         " · same: last turn repeats the draft it was shown",
+    )
+    drawn.add_column("", style="bold", no_wrap=True)
+    for header in (*(f"turn {turn}" for turn in turns), "gain", "w→r", "r→w", "same"):
+        drawn.add_column(header, justify="right", no_wrap=True)
+    for measured in summary.measurements:
+        rows = {row.turn: row for row in measured.turns}
+        drawn.add_row(measured.label, *(_accuracy(rows.get(turn)) for turn in turns), *_change(measured))
+    return drawn
+
+
+def table(shown: Table) -> Rich:
+    """A table of the page."""
+    drawn = _empty(shown.title, shown.note)
+    for place, column in enumerate(shown.columns):
+        justify = "right" if place and column.kind == "number" else "left"
+        name = f"{column.head}\n{column.unit}" if column.unit else column.head
+        drawn.add_column(name, justify=justify, style="" if place else "bold", no_wrap=not place)
+    for row in shown.rows:
+        drawn.add_row(*map(_cell, row))
+    return drawn
+
+
+def verdict(study: Study) -> str:
+    """The verdict on the last measured model."""
+    return study.verdict.sentence if study.verdict else NOTHING
+
+
+def diff(old: str, new: str) -> Text:
+    """`new` with its added words underlined and the removed words of `old` struck through, also in colour."""
+    return Text.assemble(*((text, _STYLES[change]) for change, text in word_diff(old, new)))
+
+
+def _empty(title: str, caption: str) -> Rich:
+    return Rich(
+        title=title,
+        caption=caption,
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
     )
-    table.add_column("", style="bold", no_wrap=True)
-    for header in (*(f"turn {turn}" for turn in turns), "gain", "w→r", "r→w", "same"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for measured in summary.measurements:
-        rows = {row.turn: row for row in measured.turns}
-        table.add_row(measured.label, *(_accuracy(rows.get(turn)) for turn in turns), *_change(measured))
-    return table
 
 
-def diff(old: str, new: str) -> Text:
-    """`new` with its added words underlined and the removed words of `old` struck through, also in colour."""
-    return Text.assemble(*((text, _STYLES[change]) for change, text in word_diff(old, new)))
+def _cell(cell: Cell) -> Text:
+    text = cell.text if cell.kind != "path" else cell.text.replace("r", "✓").replace("w", "✗")
+    return Text(f"{text}\n{cell.range}" if cell.range else text, style=_TONES[cell.tone])
 
 
 def _accuracy(row: TurnRow | None) -> str:
@@ -58,4 +87,4 @@ def _change(measured: Measurement) -> tuple[Text | str, str, str, str]:
 
 
 def _gain(gain: Gain) -> Text:
-    return Text(f"{signed(gain.points)}\n{interval(gain)}", style=_COLOURS[direction(gain)])
+    return Text(f"{signed(gain.points)}\n{between(gain)}", style=_TONES[tone(gain)])

@@ -1,0 +1,162 @@
+"""What `report` and `compare` do: read run folders, group runs into arms, write pages and print tables."""
+
+from __future__ import annotations
+
+import json
+import webbrowser
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from upturn.errors import RunError
+from upturn.evaluation import stats
+from upturn.evaluation.compare import Comparison, Run, compare
+from upturn.evaluation.study import Study
+from upturn.report import arms as shapes
+from upturn.report import comparison as pages
+from upturn.report import page, read
+
+Arms = dict[str, list[Path]]
+"""Name -> run folders."""
+
+
+def report(folder: Path, *, open_page: bool) -> tuple[Path, Study]:
+    """Write the page of a run anew and return its path and the numbers on it."""
+    run, study = read.both(folder)
+    path = page.write(folder / page.FILE, page.render(run, study))
+    if open_page:
+        webbrowser.open(path.resolve().as_uri())
+    return path, study
+
+
+def side_by_side(
+    runs: Sequence[Path], explicit: Sequence[str], against: str | None, output: Path
+) -> tuple[Path, Comparison, list[shapes.ArmCurve], list[str]]:
+    """Compare arms; write the page; return its path, the numbers, the curves, and how runs became arms."""
+    folders, notes = arms_of(runs, explicit)
+    names = _reference_first(list(folders), against)
+    loaded = {name: [last_model(folder) for folder in folders[name]] for name in names}
+    found = _against_first(compare(loaded))
+    curves = shapes.curves(loaded)
+    return pages.write_comparison(output, found, curves, notes), found, curves, notes
+
+
+def arms_of(runs: Sequence[Path], explicit: Sequence[str]) -> tuple[Arms, list[str]]:
+    """Named arms first, then the other runs; those that differ only in their seed become one arm.
+
+    Raises RunError where a name or a run is given twice, or a named arm cannot be read.
+    """
+    arms: Arms = dict(map(_named, explicit))
+    if len(arms) < len(explicit):
+        raise RunError("--arm", "Two arms have the same name.", "Give each arm a name of its own.")
+    groups, notes = _alike(runs), []
+    if len(groups) == 1 and not arms and groups[0][1:]:
+        notes.append("The runs differ only in their seed: each is an arm, and the differences are those between seeds.")
+        groups = [[folder] for folder in runs]
+    for group in groups:
+        name = _free_name(group[0], arms)
+        arms[name] = group
+        if group[1:]:
+            notes.append(f"{', '.join(map(str, group))} differ only in their seed: one arm, {name}.")
+    _check_once([folder for folders in arms.values() for folder in folders])
+    return arms, notes
+
+
+def _named(text: str) -> tuple[str, list[Path]]:
+    name, equals, runs = text.partition("=")
+    folders = [Path(run) for run in runs.split(",") if run]
+    if not equals or not name or not folders:
+        what = "This is not of the form NAME=RUN,RUN."
+        raise RunError(f"--arm '{text}'", what, "Example: --arm evolve=runs/a,runs/b")
+    return name, folders
+
+
+def _check_once(folders: Iterable[Path]) -> None:
+    seen: set[Path] = set()
+    for folder in folders:
+        if (place := folder.resolve()) in seen:
+            raise RunError(f"run {folder}", "It is given twice, and would count as two runs.", "Name each run once.")
+        seen.add(place)
+
+
+def _alike(runs: Sequence[Path]) -> list[list[Path]]:
+    """Runs in groups that differ only in their seed; a seed that comes again starts a group of its own."""
+    groups: list[tuple[str, set[Any], list[Path]]] = []
+    for folder in runs:
+        settings, seed = _settings(folder)
+        for same, seeds, group in groups:
+            if same == settings and seed not in seeds:
+                seeds.add(seed)
+                group.append(folder)
+                break
+        else:
+            groups.append((settings, {seed}, [folder]))
+    return [group for _, _, group in groups]
+
+
+def _settings(folder: Path) -> tuple[str, Any]:
+    """The config without what may differ within an arm, and the seed. Without a config a run is like no other."""
+    path = folder / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunError(str(path), f"It cannot be read: {error}.", "Name arms with --arm, or mend the file.") from error
+    if not isinstance(config, dict):
+        return str(folder.resolve()), None
+    seed = config.pop("seed", None)
+    for key in ("output_dir", "store"):
+        config.pop(key, None)
+    if isinstance(config.get("task"), dict):
+        config["task"].pop("seed", None)
+    return json.dumps(config, sort_keys=True, default=str), seed
+
+
+def _free_name(folder: Path, taken: Iterable[str]) -> str:
+    """The folder's name, with as many of its parents as it takes to be new."""
+    parts = folder.resolve().parts
+    names = ["/".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+    return next((name for name in names if name not in taken), names[-1])
+
+
+def _reference_first(names: list[str], against: str | None) -> list[str]:
+    if against is None:
+        return names
+    if against not in names:
+        raise RunError(f"--against {against}", "There is no such arm.", f"Choose one of: {', '.join(names)}.")
+    return [against, *(name for name in names if name != against)]
+
+
+def last_model(folder: Path) -> Run:
+    """The last measured model of a run."""
+    found = read.read(folder)
+    if not found.measured:
+        raise RunError(f"run folder {folder}", "Nothing has been measured yet.", "Wait, or leave this run out.")
+    last = found.measured[-1]
+    return Run(found.summary.seed, last.label, last.chain, last.parallel or None)
+
+
+def _against_first(comparison: Comparison) -> Comparison:
+    """Only the contrasts against the first arm, and Holm's correction over these."""
+    first = comparison.arms[0].name
+    kept = [contrast for contrast in comparison.contrasts if contrast.before == first]
+    adjusted = stats.holm([contrast.p_value for contrast in kept])
+    contrasts = tuple(c.model_copy(update={"p_holm": p}) for c, p in zip(kept, adjusted, strict=True))
+    return comparison.model_copy(update={"contrasts": contrasts})
+
+
+def show_comparison(path: Path, found: Comparison, curves: Sequence[shapes.ArmCurve], notes: Sequence[str]) -> None:
+    """Print the tables, what they say, and where the page is."""
+    from rich.console import Console
+
+    from upturn.report import terminal
+
+    console = Console()
+    for note in notes:
+        console.print(note, style="dim", highlight=False)
+    for table in (pages.arm_table(found, curves), pages.contrast_table(found)):
+        console.print(terminal.table(table))
+    for sentence in pages.headlines(found):
+        console.print(sentence, highlight=False)
+    console.print(f"Page: {path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,168 @@
+"""The drafts on the page: a balanced choice of attempts, each draft with its changes against the one it was shown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+
+from markupsafe import Markup, escape
+
+from upturn.report.diff import word_diff
+from upturn.report.tables import Cell, Table, columns, head
+from upturn.types import Attempt, Draft, Score
+
+KINDS = {
+    "fixed": "wrong → right",
+    "broken": "right → wrong",
+    "kept": "stayed right",
+    "missed": "stayed wrong",
+}
+"""Kinds of attempt by first and last draft, and their names on the page."""
+MOST = 60
+"""At most so many attempts of each model."""
+BYTES = 2_500_000
+"""Of all drafts together, as HTML; every model has the same part of it."""
+LONGEST = 3_000
+"""Characters of one draft; more are cut, and the page says so."""
+
+_TAGS = {"added": "<ins>{}</ins>", "removed": "<del>{}</del>", "same": "{}", "gap": "{}"}
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_VISIBLE |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
+"""Control characters as their pictures; halves of surrogate pairs, which no file can hold, as the usual mark."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShownDraft:
+    """One draft."""
+
+    turn: int
+    right: bool
+    about: tuple[str, ...]
+    """Score, note, and what else is to be said in a few words."""
+    html: Markup
+    cut: int
+    """Characters left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One attempt."""
+
+    label: str
+    """Which model."""
+    id: str
+    task: str
+    kind: str
+    path: str
+    """A letter per draft: r right, w wrong."""
+    prompt: str
+    drafts: tuple[ShownDraft, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes on the page, about."""
+        return len(self.prompt.encode()) + sum(len(draft.html.encode()) + 500 for draft in self.drafts) + 700
+
+
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """All that the page shows of the drafts."""
+
+    shown: tuple[Shown, ...]
+    tally: Table
+    """How many of how many, by model and kind."""
+
+    @property
+    def labels(self) -> list[str]:
+        """Models, the last one first."""
+        return list(dict.fromkeys(attempt.label for attempt in self.shown))
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks."""
+        return sorted({attempt.task for attempt in self.shown})
+
+    @property
+    def paths(self) -> list[tuple[str, int]]:
+        """Paths and how many attempts on the page went that way, the most frequent first."""
+        return Counter(attempt.path for attempt in self.shown).most_common()
+
+
+def shelf(answers: Sequence[tuple[str, Sequence[Attempt]]], task: str) -> Shelf:
+    """A choice for every model, the last model first. `answers`: (label, its attempts)."""
+    found, rows = [], []
+    for label, attempts in reversed(answers):
+        whole = [attempt for attempt in attempts if attempt.drafts]
+        shown = list(_within(BYTES // len(answers), (_show(attempt, label, task) for attempt in balanced(whole))))
+        found += shown
+        rows.append((head(label), *_tally(Counter(kind_of(a) for a in whole), Counter(a.kind for a in shown))))
+    heads = columns("model", *KINDS.values(), "all")
+    return Shelf(tuple(found), Table("On this page, of all in the run", heads, tuple(rows)))
+
+
+def _tally(whole: Counter[str], shown: Counter[str]) -> list[Cell]:
+    cells = [Cell(f"{shown[kind]} of {whole[kind]:,}") for kind in KINDS]
+    return [*cells, Cell(f"{shown.total()} of {whole.total():,}")]
+
+
+def balanced(attempts: Iterable[Attempt]) -> list[Attempt]:
+    """At most MOST, the kinds taking turns; what one kind lacks, the others fill."""
+    by_kind: dict[str, list[Attempt]] = {kind: [] for kind in KINDS}
+    for attempt in attempts:
+        by_kind[kind_of(attempt)].append(attempt)
+    chosen = {kind: _spread(found, MOST // len(KINDS)) for kind, found in by_kind.items()}
+    for kind, found in by_kind.items():
+        free = MOST - sum(map(len, chosen.values()))
+        chosen[kind] = _spread(found, len(chosen[kind]) + free)
+    return [attempt for attempt in chain.from_iterable(zip_longest(*chosen.values())) if attempt]
+
+
+def kind_of(attempt: Attempt) -> str:
+    """'fixed', 'broken', 'kept' or 'missed'."""
+    first, last = attempt.scores[0].right, attempt.scores[-1].right
+    return {(False, True): "fixed", (True, False): "broken", (True, True): "kept"}.get((first, last), "missed")
+
+
+def _spread(attempts: Sequence[Attempt], want: int) -> list[Attempt]:
+    """`want` of them, evenly spread over their order: nobody picks the nice ones."""
+    count = min(want, len(attempts))
+    return [attempts[place * len(attempts) // count] for place in range(count)]
+
+
+def _within(size: int, shown: Iterable[Shown]) -> Iterable[Shown]:
+    """The first ones that fit; one always does."""
+    for place, attempt in enumerate(shown):
+        size -= attempt.size
+        if size < 0 and place:
+            return
+        yield attempt
+
+
+def _show(attempt: Attempt, label: str, task: str) -> Shown:
+    pairs = list(zip(attempt.drafts, attempt.scores, strict=True))
+    path = "".join("r" if score.right else "w" for _, score in pairs)
+    drafts = tuple(_draft(attempt, draft, score) for draft, score in pairs)
+    prompt = visible(attempt.prompt.text)
+    return Shown(label, visible(attempt.prompt.id), task, kind_of(attempt), path, prompt, drafts)
+
+
+def _draft(attempt: Attempt, draft: Draft, score: Score) -> ShownDraft:
+    text = draft.text[:LONGEST]
+    parent = attempt.drafts[draft.parents[-1]].text if draft.parents else None
+    pieces = word_diff(text if parent is None else parent[:LONGEST], text)
+    html = Markup("").join(Markup(_TAGS[change]).format(escape(visible(piece))) for change, piece in pieces)
+    about = (
+        "not judged" if score.value != score.value else f"score {score.value:.3g}",
+        visible(score.note),
+        "unchanged" if draft.text == parent else "",
+        "" if draft.complete else "cut short",
+        f"{draft.num_tokens:,} tokens",
+    )
+    return ShownDraft(draft.turn, score.right, tuple(filter(None, about)), html, len(draft.text) - len(text))
+
+
+def visible(text: str) -> str:
+    """The text with something to see for what has no picture; line breaks and tabs stay."""
+    return text.translate(_VISIBLE)
