@@ -27,7 +27,7 @@ RECIPE: dict[str, Any] = {
         "selection": {"name": "best_vs_worst", "reject_cut": True},
     },
     "prefer": {"objective": "evolve", "train": {"learning_rate": 1e-3, "train_batch_size": 2}},
-    "measure": {"prompts": 10, "turns": 3, "majority": 3},
+    "measure": {"prompts": 10, "turns": 3, "parallel": 3},
     "options": {"dtype": "float32", "chunk_prompts": 6},
 }
 
@@ -58,5 +58,5 @@ def _timeless(data: Any) -> Any:
     if isinstance(data, list):
         return [_timeless(item) for item in data]
     if isinstance(data, dict):
-        return {k: _timeless(v) for k, v in data.items() if k not in ("seconds", "cached", "folder")}
+        return {k: _timeless(v) for k, v in data.items() if k not in ("seconds", "cached", "folder", "peak_memory_mb")}
     return data

@@ -29,7 +29,7 @@ ROOMS = {
     "selection": "_model types",
     "evaluation": "_model errors types",
     # edges: files, libraries, the screen
-    "tracking": "",
+    "tracking": "errors registry types",
     "tasks": "_model errors types",
     "scorers": "_model errors tasks types",
     "models": "errors evaluation numerics tracking trees types",
@@ -37,15 +37,15 @@ ROOMS = {
     # machinery
     "training": "_model errors models numerics objectives tracking trees types",
     "report": "errors evaluation types",
-    "lab": "_model config engines errors evaluation models registry report tracking training types",
+    "lab": "_model config engines errors evaluation models registry report selection tracking training trees types",
     # wiring and doors
     "recipes": "_model config engines lab",
-    "cli": "config engines errors lab models registry report strategies tracking types",
+    "cli": "config engines errors evaluation lab models registry report strategies tracking types",
 }
 """Room -> the rooms it may import. A room names only rooms above it, so no circle can arise."""
 
 LIBRARIES = {
-    "torch": "numerics trees objectives models engines training scorers lab",
+    "torch": "numerics trees objectives models engines training scorers lab tracking",
     "transformers": "models scorers",
     "safetensors": "training scorers lab",
     "scipy": "evaluation",
@@ -53,6 +53,9 @@ LIBRARIES = {
     "jinja2": "report",
     "datasets": "tasks",
     "typer": "cli",
+    "httpx": "engines",
+    "wandb": "tracking",
+    "trackio": "tracking",
 }
 """Library -> the rooms that may import it, at the top of a file or where it is used."""
 

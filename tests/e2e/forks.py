@@ -154,7 +154,7 @@ def interrupted(recipe: Path) -> dict[str, Any]:
 def full_disk(recipe: Path) -> list[dict[str, Any]]:
     """Files may not grow beyond a limit: the first run fails on drafts, the next on weights, the last not."""
     found = []
-    for limit in (4_000, 64_000, -1):
+    for limit in (2_500, 64_000, -1):
         recipe.with_suffix(".out").unlink(missing_ok=True)
         child = fork(recipe, lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
         found.append({"code": wait(child), "said": recipe.with_suffix(".out").read_text()})

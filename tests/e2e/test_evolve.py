@@ -125,7 +125,7 @@ def test_settings_that_cannot_change_the_result_redo_nothing(config: Path, run: 
 
 def test_limit_makes_everything_small(config: Path, tmp_path: Path):
     _, summary = session.run(
-        str(config), ["limit=6", "iterations=1", "measure.majority=0", f"output_dir={tmp_path / 'small'}"]
+        str(config), ["limit=6", "iterations=1", "measure.parallel=0", f"output_dir={tmp_path / 'small'}"]
     )
     assert {m.n for m in summary.measurements} == {6}
     assert all(0 < t.pairs <= 12 for t in summary.training)

@@ -135,3 +135,22 @@ def test_a_changed_neighbour_changes_nothing():
 def test_an_empty_context_is_refused():
     with pytest.raises(ValueError, match="sample 1 has an empty context"):
         trees.build([Sample((1,), (2,)), Sample((), (2,))])
+
+
+def test_divergence_equals_that_of_plain_forward_passes():
+    model, other = tiny("llama"), tiny("llama")
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    for plain in (model, other):
+        plain.set_attn_implementation("eager")  # type: ignore[operator]
+    samples = forest(random.Random(3), depth=2)
+    expected = []
+    for sample in samples:
+        ids = torch.tensor([[*sample.context, *sample.target]])
+        with torch.no_grad():
+            logp, logq = (m(ids).logits[0, len(sample.context) - 1 : -1].log_softmax(-1) for m in (model, other))
+        expected.append((logp.exp() * (logp - logq)).sum(-1))
+    found = policy.tree_kl(model, other, trees.build(samples))
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-6)
+    assert policy.tree_kl(model, model, trees.build(samples)).abs().max() == 0

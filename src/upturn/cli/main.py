@@ -28,6 +28,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Folder, hub id, GGUF file or short name.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same drafts.")]
+TaskOption = Annotated[str, typer.Option("--task", help="Name of a task (see `upturn list tasks`).")]
+TaskSettings = Annotated[list[str] | None, typer.Argument(help="Settings of the task: key=value.")]
 
 
 def friendly(verb: Callable[P, None]) -> Callable[P, None]:
@@ -80,11 +82,11 @@ def run(
         return
     from rich.console import Console
 
-    from upturn.report import terminal
+    from upturn.report import read, terminal
 
     console = Console()
     console.print(terminal.turn_table(summary))
-    console.print(terminal.verdict(summary), highlight=False)
+    console.print(terminal.verdict(read.study_of(folder)), highlight=False)
     console.print(f"Report: {folder / 'report.html'}\nModel:  {folder / 'model'}", highlight=False, soft_wrap=True)
 
 
@@ -117,7 +119,8 @@ def refine(
 @friendly
 def evaluate(
     model: ModelOption,
-    task: Annotated[str, typer.Option("--task", help="Name of a task (see `upturn list tasks`).")],
+    task: TaskOption,
+    task_settings: TaskSettings = None,
     turns: Annotated[int, typer.Option("--turns", "-t", min=2, help="Turns per prompt.")] = 4,
     prompts: Annotated[int, typer.Option("--prompts", "-n", min=1, help="Held-out prompts.")] = 300,
     temperature: Temperature = 0.7,
@@ -133,7 +136,8 @@ def evaluate(
 
     _quiet(quiet, as_json)
     settings = {"turns": turns, "prompts": prompts, "sampling": {"temperature": temperature}}
-    folder, summary = session.evaluate(model, task, settings, seed=seed, data=data, dtype=dtype, output_dir=output_dir)
+    setting = session.Setting(seed, data, dtype, output_dir, task_settings or ())
+    folder, summary = session.evaluate(model, task, settings, setting)
     if as_json:
         _print_json(json.loads(summary.model_dump_json()))
         return
@@ -143,6 +147,99 @@ def evaluate(
 
     Console().print(terminal.turn_table(summary))
     Console().print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@friendly
+def diagnose(
+    model: ModelOption,
+    task: TaskOption,
+    task_settings: TaskSettings = None,
+    api: Annotated[
+        str | None, typer.Option(help="An OpenAI-compatible endpoint; --model is then its name there.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The model it came from: what did its first turn gain?")] = None,
+    turns: Annotated[int, typer.Option("--turns", "-t", min=2, help="Turns per prompt.")] = 4,
+    prompts: Annotated[int, typer.Option("--prompts", "-n", min=1, help="Held-out prompts.")] = 300,
+    temperature: Temperature = 0.7,
+    seed: Seed = 0,
+    data: Annotated[str | None, typer.Option(help="Where the task's data lie.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or auto.")] = "auto",
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at the same time, with --api.")] = 16,
+    max_retries: Annotated[int, typer.Option(min=0, help="How often a request is repeated, with --api.")] = 6,
+    skip_failed: Annotated[bool, typer.Option(help="Go on without prompts that the endpoint does not answer.")] = False,
+    output_dir: Annotated[Path | None, typer.Option(help="Run folder; runs/diagnose-... when not given.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Can this model refine its own answers? A verdict, the numbers behind it, and a page. Nothing is trained."""
+    from upturn.cli import verbs
+    from upturn.lab import session
+    from upturn.report import read
+
+    _quiet(quiet, as_json)
+    asked, came_from = (m and verbs.place(m, api, concurrency, max_retries) for m in (model, base))
+    cfg = {"turns": turns, "prompts": prompts, "sampling": {"temperature": temperature}}
+    setting = session.Setting(seed, data, dtype, output_dir, task_settings or (), skip_failed)
+    folder, _ = session.diagnose(asked or model, task, cfg, setting, came_from)
+    study = read.study_of(folder)
+    if as_json:
+        _print_json(json.loads(study.model_dump_json()))
+        return
+    verbs.show_diagnosis(folder, study)
+
+
+@app.command()
+@friendly
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the page of a run anew from its files, and print the verdict."""
+    from upturn.cli import reports
+    from upturn.report import terminal
+
+    path, study = reports.report(run, open_page=open_page)
+    if as_json:
+        _print_json(json.loads(study.model_dump_json()))
+        return
+    typer.echo(f"{terminal.verdict(study)}\nReport: {path}")
+
+
+@app.command()
+@friendly
+def compare(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Run folders; those that differ only in their seed are one arm.")
+    ] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="NAME=RUN,RUN: an arm of these runs. May come again.")] = None,
+    against: Annotated[str | None, typer.Option(help="The arm to compare with; the first when not given.")] = None,
+    output: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("compare.html"),
+    as_json: Json = False,
+) -> None:
+    """Several runs side by side, paired on the same prompts, with intervals, at equal tokens."""
+    from upturn.cli import reports
+
+    found = reports.side_by_side(runs or [], arm or [], against, output)
+    if as_json:
+        _print_json(json.loads(found[1].model_dump_json()))
+        return
+    reports.show_comparison(*found)
+
+
+@app.command()
+@friendly
+def watch(
+    run: Annotated[str, typer.Argument(help="A run folder, or the name of a run in runs/.")],
+    once: Annotated[bool, typer.Option("--once", help="Print one picture and end.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay when the run has ended; q leaves.")] = False,
+) -> None:
+    """Look at a run while it goes on, or afterwards."""
+    from upturn.cli import watch as view
+
+    view.show(run, once=once, interval=interval, follow=follow)
 
 
 @app.command(name="list")

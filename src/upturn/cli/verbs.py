@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from upturn import registry
 from upturn.errors import ConfigError
 from upturn.types import Attempt, Draft, Prompt
+
+if TYPE_CHECKING:
+    from upturn.engines.api import Endpoint
+    from upturn.evaluation.study import Study
 
 ROOMS = (*registry.ROOMS, "configs")
 
@@ -26,6 +31,31 @@ def _entries(room: str) -> dict[str, str]:
     from upturn.config import shipped
 
     return {name: path.read_text().split("\n")[0].lstrip("# ") for name, path in shipped().items()}
+
+
+def place(model: str, api: str | None, concurrency: int, max_retries: int) -> str | Endpoint:
+    """A model's name, or where it answers."""
+    if api is None:
+        return model
+    from upturn import config
+    from upturn.engines.api import Endpoint
+
+    asked = {"url": api, "model": model, "concurrency": concurrency, "max_retries": max_retries}
+    return config.checked(Endpoint, asked, "--api")
+
+
+def show_diagnosis(folder: Path, study: Study) -> None:
+    """The verdict, the turns of the model, its controls, and where the page lies."""
+    from rich.console import Console
+
+    from upturn.evaluation.summary import Summary
+    from upturn.report import terminal
+
+    console = Console()
+    console.print(terminal.turn_table(Summary.read(folder / "summary.json")))
+    if study.verdict:
+        console.print(study.verdict.sentence, style="bold", highlight=False)
+    console.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def refine(
@@ -74,7 +104,7 @@ def _show(console: Any, draft: Draft, seen: list[Draft]) -> None:
     cut = "" if draft.complete else ", cut at the length limit"
     same = bool(seen) and seen[-1].text == draft.text
     console.print(
-        f"Turn {draft.turn}{' (unchanged)' if same else ''} [{len(draft.token_ids)} tokens{cut}]",
+        f"Turn {draft.turn}{' (unchanged)' if same else ''} [{draft.num_tokens} tokens{cut}]",
         style="bold",
         markup=False,
     )

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from upturn.config import Plugin, plugin
+from upturn.config import Plugin
+from upturn.engines.api import Endpoint
 from upturn.engines.sampling import Config as Sampling
 from upturn.errors import DataError
-from upturn.evaluation import summary, turns
+from upturn.evaluation import summary
 from upturn.lab import estimate
 from upturn.lab.lab import Attempts, Measure, Model, Options, Pairs, Training
 from upturn.lab.store import Planned, Result, Steps, write_json, write_text
 from upturn.models.chat import VERSION as CHAT_VERSION
-from upturn.tracking import progress
+from upturn.selection._base import label_precision
+from upturn.tracking import events, progress
 from upturn.types import Prompt, to_json
 
-VERSIONS = {"model": 1, "generate": 1, "score": 1, "select": 1, "train": 1}
+VERSIONS = {"generate": 1, "score": 2, "select": 2, "train": 1, "drift": 1}
 """Raised when a step would give another result from the same inputs."""
+_TOLD: Any = dict.fromkeys(("label", "iteration", "n"), True) | {
+    "turns": {"__all__": {"turn", "accuracy", "low", "high"}},
+    "gain": {"points", "low", "high"},
+}
+"""What an event says of a measurement."""
 
 
 @dataclass
@@ -34,6 +42,10 @@ class Bench:
     seed: int
     summary: summary.Summary
     limit: int | None = None
+    skip_failed: bool = False
+    """Whether to go on without the prompts that an endpoint does not answer."""
+    measured: list[Model] = field(default_factory=list)
+    """In the order they were measured."""
     _open: dict[str, Any] = field(default_factory=dict)
     _metrics: list[Path] = field(default_factory=list)
 
@@ -46,6 +58,11 @@ class Bench:
 
         folder = Path(load.resolve(name))
         return Model(load.folder_key(folder), folder, name)
+
+    def behind(self, endpoint: Endpoint) -> Model:
+        """A model that answers at an endpoint. Nobody can see its weights, so its name and place stand for them."""
+        name = f"{endpoint.chat_url} {endpoint.model}"
+        return Model(sha256(name.encode()).hexdigest()[:16], Path(), endpoint.model, endpoint)
 
     def prompts(self, split: str, start: int, count: int) -> list[Prompt]:
         found = self.task.prompts(split, start, min(count, self.limit or count))
@@ -74,12 +91,16 @@ class Bench:
         def work(folder: Path) -> dict[str, Any]:
             from upturn.lab import work as jobs
 
-            return jobs.generate(self._loaded(model), prompts, strategy, how, self._settings(label, folder))
+            settings = self._settings(label, folder)
+            if model.endpoint:
+                return jobs.ask(model.endpoint, prompts, strategy, how, settings, skip_failed=self.skip_failed)
+            return jobs.generate(self._loaded(model), prompts, strategy, how, settings)
 
         drafts = len(prompts) * strategy.cfg.turns  # type: ignore[attr-defined]
         guess = {"drafts": drafts, "tokens": round(estimate.ANSWER_SHARE * drafts * (how.max_new_tokens or 0))}
         result = self._do("generate", label, config, [model.key], work, guess)
-        return Attempts(result.key, result.folder / "drafts.jsonl", len(prompts))
+        missing = result.manifest["facts"].get("failed", 0)
+        return Attempts(result.key, result.folder / "drafts.jsonl", len(prompts) - missing)
 
     def score(self, attempts: Attempts, scorer: Plugin, label: str) -> Attempts:
         config = {"scorer": scorer.dump(), "task": self._task_key}
@@ -87,6 +108,7 @@ class Bench:
         def work(folder: Path) -> dict[str, Any]:
             scored = scorer.module.load(scorer.cfg).score(self.task, attempts.read())
             write_text(folder / "drafts.jsonl", _lines(scored))
+            events.sample(label, scored)
             return {"drafts": sum(len(attempt.drafts) for attempt in scored)}
 
         result = self._do("score", label, config, [attempts.key], work, {})
@@ -107,13 +129,21 @@ class Bench:
                     "Sample more drafts per prompt, raise the temperature, or choose another scorer or selection.",
                 )
             write_text(folder / "pairs.jsonl", _lines(chosen.pairs))
-            return {"pairs": len(chosen.pairs), "dropped": dict(chosen.dropped)}
+            quality = label_precision(chosen.pairs)
+            return {"pairs": len(chosen.pairs), "dropped": dict(chosen.dropped)} | asdict(quality)
 
         prompts = sum(source.num_prompts for source in sources)
         guess = {"pairs": prompts * getattr(selector.cfg, "pairs_per_prompt", 1), "dropped": {}}
         result = self._do("select", label, config, [source.key for source in sources], work, guess)
         facts = result.manifest["facts"]
-        return Pairs(result.key, result.folder / "pairs.jsonl", facts["pairs"], facts["dropped"])
+        return Pairs(
+            key=result.key,
+            path=result.folder / "pairs.jsonl",
+            count=facts["pairs"],
+            dropped=facts["dropped"],
+            label_precision=facts.get("label_precision", 1.0),
+            chosen_earlier=facts.get("chosen_earlier", 0.0),
+        )
 
     def train(
         self, model: Model, pairs: Pairs, how: Training, label: str, iteration: int = 0, reference: Model | None = None
@@ -154,32 +184,37 @@ class Bench:
             tokens=facts["row_tokens"],
             seconds=result.manifest["seconds"],
             dropped=pairs.dropped,
+            label_precision=pairs.label_precision,
+            chosen_earlier=pairs.chosen_earlier,
             final_loss=facts["final_loss"],
             metrics=facts["metrics"],
         )
         self._report(training=(*self.summary.training, row))
         return Model(result.key, result.folder / "model", label)
 
-    def measure(self, model: Model, cfg: Measure, label: str, iteration: int = 0) -> None:
-        prompts = self.prompts("test", 0, cfg.prompts)
-        exact = plugin("scorers", "exact")
-        chain = plugin("strategies", {"name": "chain", "turns": cfg.turns})
-        drafts = self.generate(model, prompts, chain, cfg.sampling, f"measure {label}")
-        scored = self.score(drafts, exact, f"measure {label}")
-        vote = None
-        if cfg.majority and (label != "base" or cfg.base_majority):
-            parallel = plugin("strategies", {"name": "parallel", "turns": cfg.majority})
-            siblings = self.generate(model, prompts, parallel, cfg.sampling, f"majority {label}")
-            voters = self.score(siblings, exact, f"majority {label}")
-            vote = None if self.dry else turns.majority(voters.read(), self.task.vote_key)
-        if self.dry:
-            return
-        attempts = scored.read()
-        row = summary.measure(label, iteration, attempts, vote=vote, seed=self.seed)
-        target = self.run_dir / summary.drafts_file(label)
-        target.parent.mkdir(exist_ok=True)
-        write_text(target, scored.path.read_text())
-        self._report(measurements=(*self.summary.measurements, row))
+    def measure(
+        self, model: Model, cfg: Measure, label: str, iteration: int = 0, scorer: Plugin | None = None
+    ) -> None:
+        from upturn.lab import measuring
+
+        row = measuring.measure(self, model, cfg, label, iteration, scorer)
+        self.measured.append(model)
+        if row:
+            self._report(measurements=(*self.summary.measurements, row))
+            events.emit("measure", **row.model_dump(include=_TOLD))
+
+    def drift(self, model: Model, other: Model, chains: Attempts, label: str) -> float:
+        """Nats per token that the model's direct answers have moved from another model's; a durable step."""
+        config = {"request": self.task.refine_request, "chat": CHAT_VERSION, "options": self.options.model_dump()}
+
+        def work(folder: Path) -> dict[str, Any]:
+            from upturn.lab import work as jobs
+
+            settings = self._settings(label, folder)
+            return {"kl": jobs.drift(self._loaded(model), self._fresh(other), chains.read(), settings)}
+
+        result = self._do("drift", label, config, [model.key, other.key, chains.key], work, {})
+        return 0.0 if self.dry else result.manifest["facts"]["kl"]
 
     def publish(self, model: Model, about: str) -> None:
         if self.dry:
@@ -205,12 +240,24 @@ class Bench:
         name = f"{step} {label}"
         if isinstance(self.store, Planned):
             return self.store.plan(name, step, VERSIONS[step], config, inputs, guess)
-        result = self.store.do(step, VERSIONS[step], config, inputs, work)
+
+        def begin(folder: Path) -> dict[str, Any]:
+            events.emit("stage", name=name, state="began")
+            return work(folder)
+
+        result = self.store.do(step, VERSIONS[step], config, inputs, begin)
         seconds, facts = result.manifest["seconds"], result.manifest["facts"]
         state = "done before" if result.cached else f"{seconds:.0f} s"
+        events.emit("stage", name=name, state="cached" if result.cached else "done", seconds=seconds, facts=facts)
         detail = ", ".join(f"{key} {value}" for key, value in facts.items() if isinstance(value, int | str))
         progress.say(f"{name}: {state}" + (f" ({detail})" if detail else ""))
-        stage = summary.Stage(name=name, seconds=seconds, cached=result.cached, tokens=facts.get("tokens", 0))
+        stage = summary.Stage(
+            name=name,
+            seconds=seconds,
+            cached=result.cached,
+            tokens=facts.get("tokens", 0),
+            peak_memory_mb=result.manifest.get("peak_memory_mb"),
+        )
         self._report(stages=(*self.summary.stages, stage))
         place = self.run_dir / "steps" / f"{len(self.summary.stages):02d}-{name.replace(' ', '-')}.json"
         place.parent.mkdir(exist_ok=True)

@@ -12,10 +12,15 @@ from pydantic import Field
 
 from upturn._model import Strict
 from upturn.config import Objective, Plugin
+from upturn.engines.api import Endpoint
 from upturn.engines.sampling import Config as Sampling
 from upturn.models.chat import Layout
+from upturn.tracking import trackers
 from upturn.training import plan
 from upturn.types import Attempt, Pair, Prompt, attempt_from_json, pair_from_json
+
+Track = trackers.Chosen
+"""Experiment trackers that a run is sent to, by name; they change no result and stand in no key."""
 
 
 class Options(Strict):
@@ -34,11 +39,13 @@ class Options(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model on disk."""
+    """A model on disk, or behind an endpoint."""
 
     key: str
     folder: Path
+    """Where its files lie; of no meaning with an endpoint."""
     name: str
+    endpoint: Endpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,10 @@ class Pairs:
     path: Path
     count: int
     dropped: dict[str, int]
+    label_precision: float
+    """Share of the pairs whose chosen draft is right and whose rejected draft is wrong, by the verifier."""
+    chosen_earlier: float
+    """Share of the pairs whose chosen draft has the lower turn."""
 
     def read(self) -> list[Pair]:
         """All pairs."""
@@ -101,8 +112,10 @@ class Lab(Protocol):
         """Train a copy of the model; the reference is the model itself unless another is named."""
         ...
 
-    def measure(self, model: Model, cfg: Measure, label: str, iteration: int = 0) -> None:
-        """The turn table of a model on held-out prompts."""
+    def measure(
+        self, model: Model, cfg: Measure, label: str, iteration: int = 0, scorer: Plugin | None = None
+    ) -> None:
+        """Turns, controls and drift of a model on held-out prompts; `scorer` is the one that trains, if any."""
         ...
 
     def publish(self, model: Model, about: str) -> None:
@@ -123,7 +136,6 @@ class Measure(Strict):
     prompts: int = Field(default=300, ge=1)
     turns: int = Field(default=4, ge=2)
     sampling: Sampling = Sampling()
-    majority: int = Field(default=0, ge=0)
-    """Parallel answers for a majority vote, the control at equal samples; 0 leaves it out."""
-    base_majority: bool = False
-    """Whether the untrained model gets the majority control too."""
+    parallel: int = Field(default=0, ge=0)
+    """Independent direct answers per prompt for the controls (votes, best of n, fresh answers, pass@k); 0 leaves them
+    out."""

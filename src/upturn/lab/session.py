@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from upturn import __version__, config
+from upturn.engines.api import Endpoint
 from upturn.errors import RunError
 from upturn.evaluation.summary import Summary
 from upturn.lab import estimate
 from upturn.lab.bench import Bench
 from upturn.lab.lab import Measure, Options
 from upturn.lab.store import Planned, Store, unwritable, write_text, writing
+from upturn.tracking import events, trackers
 
 
 def run(name: str, overrides: Sequence[str]) -> tuple[Path, Summary]:
     """Run a recipe, or go on with it. Returns the run folder and the summary."""
     run_name, recipe, cfg = config.load(name, overrides)
-    _planned(run_name, recipe, cfg)  # finds what is missing for a late step before the first one
+    _, planned = _planned(run_name, recipe, cfg)  # finds what is missing for a late step before the first one
     bench = _bench(run_name, recipe, cfg)
-    with writing(bench.run_dir):
+    with writing(bench.run_dir), _told(bench, [step["name"] for step in planned.steps], cfg):
         recipe.run(cfg, bench)
         return _finish(bench)
 
@@ -45,34 +49,68 @@ def _summary(run_name: str, recipe: ModuleType, cfg: Any) -> Summary:
     )
 
 
-def evaluate(
-    model: str,
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How a model is measured, besides what is asked of it."""
+
+    seed: int = 0
+    data: str | None = None
+    """Where the task's data lie."""
+    dtype: str = "auto"
+    output_dir: Path | None = None
+    """Run folder; runs/eval-... or runs/diagnose-... when not given."""
+    task: Sequence[str] = ()
+    """Settings of the task: key=value."""
+    skip_failed: bool = False
+    """Go on without the prompts that an endpoint does not answer."""
+
+
+def evaluate(model: str, task: str, cfg: dict[str, Any], setting: Setting = Setting()) -> tuple[Path, Summary]:
+    """The turn table of one model on one task; `cfg` as in `Measure`."""
+    return _measured("eval", {"model": model}, task, cfg, setting)
+
+
+def diagnose(
+    model: str | Endpoint,
+    task: str,
+    cfg: dict[str, Any],
+    setting: Setting = Setting(),
+    base: str | Endpoint | None = None,
+) -> tuple[Path, Summary]:
+    """Can this model refine? Chains and as many independent answers, of the model and of the base it came from."""
+    models = ({"base": base} if base else {}) | {"model": model}
+    return _measured("diagnose", models, task, {"parallel": cfg.get("turns", 4)} | cfg, setting)
+
+
+def _measured(
+    recipe: Literal["eval", "diagnose"],
+    models: Mapping[str, str | Endpoint],
     task: str,
     settings: dict[str, Any],
-    *,
-    seed: int,
-    data: str | None,
-    dtype: str,
-    output_dir: Path | None,
+    s: Setting,
 ) -> tuple[Path, Summary]:
-    """Measure one model on one task."""
-    plugin = config.plugin("tasks", {"name": task} | ({"data": data} if data else {}))
-    folder = output_dir or Path("runs") / f"eval-{Path(model).name}-{task}"
+    """Measure models on one task, no training: names or endpoints by label, the model in question last."""
+    plugin = config.plugin("tasks", config.override({"name": task} | ({"data": s.data} if s.data else {}), s.task))
+    cfg = config.checked(Measure, settings, recipe)
+    names = {label: m if isinstance(m, str) else m.model for label, m in models.items()}
+    name = list(names.values())[-1]
+    folder = s.output_dir or Path("runs") / f"{recipe}-{Path(name).name}-{task}"
     summary = Summary(
         upturn=__version__,
-        recipe="eval",
+        recipe=recipe,
         name=folder.name,
-        model=model,
+        model=name,
         task=task,
-        seed=seed,
+        seed=s.seed,
         status="running",
-        turns=settings["turns"],
+        turns=cfg.turns,
     )
-    options, measure = config.checked(Options, {"dtype": dtype}, "eval"), config.checked(Measure, settings, "eval")
-    bench = Bench(folder, _store(folder, None), plugin, options, seed, summary)
-    _write_config(folder, "eval", {"model": model, "task": plugin.dump(), "measure": measure.model_dump()})
-    with writing(folder):
-        bench.measure(bench.load(model), measure, "model")
+    options = config.checked(Options, {"dtype": s.dtype, "chunk_prompts": 100, "slots": 100}, recipe)
+    bench = Bench(folder, _store(folder, None), plugin, options, s.seed, summary, skip_failed=s.skip_failed)
+    _write_config(folder, recipe, {"models": names, "task": plugin.dump(), "measure": cfg.model_dump()})
+    with writing(folder), _told(bench):
+        for label, model in models.items():
+            bench.measure(bench.load(model) if isinstance(model, str) else bench.behind(model), cfg, label)
         return _finish(bench)
 
 
@@ -102,6 +140,16 @@ def _write_config(folder: Path, recipe: str, settings: dict[str, Any]) -> None:
             )
     with writing(folder):
         write_text(path, yaml.safe_dump({"recipe": recipe} | settings, sort_keys=False))
+
+
+def _told(bench: Bench, steps: Sequence[str] | None = None, cfg: Any = None) -> AbstractContextManager[None]:
+    """Tell what happens to the run folder's log of events, and to the trackers that the config asks for."""
+    chosen = getattr(cfg, "track", ())
+    settings = cfg.model_dump(mode="json") if chosen else {}
+    sinks = trackers.start(chosen, trackers.Run(bench.summary.name, bench.run_dir, settings))
+    start = bench.summary.model_dump(include={"name", "recipe", "model", "task"})
+    start |= {"config": str(bench.run_dir / "config.yaml")} | ({"steps": steps} if steps else {})
+    return events.record([events.File(bench.run_dir / events.FILE), *sinks], **start)
 
 
 def _finish(bench: Bench) -> tuple[Path, Summary]:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from upturn import __version__
 from upturn.errors import RunError
+from upturn.lab._memory import forget_peak, peak_mb
 
 MANIFEST = "manifest.json"
 _DISK = {
@@ -95,6 +96,7 @@ class Store:
                 return found
             part.mkdir(exist_ok=True)
             began = time.time()
+            forget_peak()
             facts = work(part)
             manifest = {
                 "step": name,
@@ -104,6 +106,7 @@ class Store:
                 "inputs": list(inputs),
                 "upturn": __version__,
                 "seconds": round(time.time() - began, 3),
+                "peak_memory_mb": peak_mb(),
                 "facts": facts,
             }
             for stale in part.glob(".*"):  # half-written files of a killed process

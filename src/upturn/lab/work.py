@@ -13,14 +13,21 @@ from typing import Any
 
 from filelock import FileLock
 
+from upturn import trees
 from upturn.config import Plugin
-from upturn.engines import local, sampling
+from upturn.engines import api, local, sampling
+from upturn.errors import RunError
 from upturn.evaluation.summary import Summary
 from upturn.lab.store import write_text
-from upturn.models import card, chat, load
-from upturn.tracking import progress
+from upturn.models import card, chat, load, policy
+from upturn.tracking import events, progress
 from upturn.training import train as training
-from upturn.types import Draft, Pair, Prompt, to_json
+from upturn.types import Attempt, Draft, Pair, Prompt, Sample, draft_from_json, to_json
+
+FAILURES = "failures.json"
+"""Prompt id -> reason, for prompts that an endpoint did not answer."""
+DRIFT_SAMPLES = 32
+"""Direct answers per forward pass when two models are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,25 +52,76 @@ def generate(
     if talk.notice:
         progress.say(f"{s.label}: {talk.notice}")
     engine = local.Local(loaded.model, talk, how, seed=s.seed, slots=s.options.slots)
+    return _in_chunks(engine, prompts, strategy, s)
+
+
+def ask(
+    endpoint: api.Endpoint,
+    prompts: Sequence[Prompt],
+    strategy: Plugin,
+    how: sampling.Config,
+    s: Settings,
+    *,
+    skip_failed: bool,
+) -> dict[str, Any]:
+    """Drafts from an endpoint. What it does not answer is a RunError that says so prompt by prompt.
+
+    The answered prompts are kept, and only the others are asked for again; with `skip_failed` they are left out.
+    """
+    engine = api.Api(endpoint, s.request, how, seed=s.seed)
+    facts = _in_chunks(engine, prompts, strategy, s, keep_parts=not skip_failed)
+    if engine.notice:
+        progress.say(f"{s.label}: {engine.notice}")
+    failures = json.loads((s.folder / FAILURES).read_text()) if (s.folder / FAILURES).is_file() else {}
+    if failures and not skip_failed:
+        first = "; ".join(f"{prompt}: {reason}" for prompt, reason in list(failures.items())[:3])
+        raise RunError(
+            f"{s.label}: {endpoint.chat_url}",
+            f"{len(failures)} of {len(prompts)} prompts have no answer ({first}). All are listed in "
+            f"{s.folder / FAILURES}.",
+            "Run the same command again to ask for these only, or add --skip-failed to go on without them.",
+        )
+    return facts | {"failed": len(failures)}
+
+
+def _in_chunks(
+    engine: local.Local | api.Api, prompts: Sequence[Prompt], strategy: Plugin, s: Settings, *, keep_parts: bool = False
+) -> dict[str, Any]:
+    """All drafts in `drafts.jsonl`; a chunk's file holds what is finished of it, in the order of the prompts."""
     engine.check(prompts)
     rule = partial(strategy.module.generate, cfg=strategy.cfg)
     size = s.options.chunk_prompts
     chunks = [prompts[first : first + size] for first in range(0, len(prompts), size)]
     total = len(prompts) * strategy.cfg.turns  # type: ignore[attr-defined]
     merged = (s.folder / "drafts.jsonl").is_file()  # killed between the merge and the manifest
+    failures: dict[str, str] = {}
     with progress.track(s.label, total, "drafts") as bar:
         for number, chunk in enumerate([] if merged else chunks):
             path = s.folder / f"chunk-{number:05d}.jsonl"
-            if path.is_file():
-                bar.advance(sum(len(json.loads(line)["drafts"]) for line in path.read_text().splitlines()))
+            done = {json.loads(line)["prompt"]["id"]: line for line in _lines_of(path)}
+            bar.advance(sum(len(json.loads(line)["drafts"]) for line in done.values()))
+            missing = [prompt for prompt in chunk if prompt.id not in done]
+            if not missing:
                 continue
 
             def seen(draft: Draft) -> None:
                 bar.advance(1)
 
-            attempts = engine.run(chunk, rule, seen)
-            write_text(path, "".join(json.dumps(to_json(a), separators=(",", ":")) + "\n" for a in attempts))
-    return _merge(s.folder)
+            attempts = engine.run(missing, rule, seen)
+            events.sample(s.label, attempts)
+            for attempt in attempts:
+                done[attempt.prompt.id] = json.dumps(to_json(attempt), separators=(",", ":"))
+            write_text(path, "".join(done[prompt.id] + "\n" for prompt in chunk if prompt.id in done))
+            failures |= getattr(engine, "failures", {})
+    if failures:
+        write_text(s.folder / FAILURES, json.dumps(failures, indent=2))
+    elif (s.folder / FAILURES).is_file() and not merged:
+        (s.folder / FAILURES).unlink()
+    return {} if failures and keep_parts else _merge(s.folder)
+
+
+def _lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
 
 
 def _merge(folder: Path) -> dict[str, int]:
@@ -76,7 +134,7 @@ def _merge(folder: Path) -> dict[str, int]:
     for line in whole.read_text().splitlines():
         for draft in json.loads(line)["drafts"]:
             counts["drafts"] += 1
-            counts["tokens"] += len(draft["token_ids"])
+            counts["tokens"] += draft_from_json(draft).num_tokens
             counts["prompt_tokens"] += draft["prompt_tokens"]
             counts["cached_tokens"] += draft["cached_tokens"]
     return counts
@@ -107,6 +165,7 @@ def train(
         def log(entry: dict[str, Any]) -> None:
             file.write(json.dumps({"label": s.label} | entry) + "\n")
             file.flush()
+            events.emit("train", label=s.label, **entry)
 
         outcome = training.run(loaded.model, job, log, reference.model if reference else None)
     load.save(loaded, s.folder / "model", card.stage(s.label, how.objective.dump(), len(pairs)))
@@ -119,6 +178,25 @@ def train(
         "final_loss": outcome.final_loss,
         "metrics": outcome.metrics,
     }
+
+
+def drift(loaded: load.Loaded, other: load.Loaded, attempts: Sequence[Attempt], s: Settings) -> float:
+    """Mean over the tokens of the direct answers of KL(loaded || other), in nats.
+
+    Each position's KL is exact over the vocabulary; only the positions are sampled, at the measuring temperature.
+    """
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, s.request, s.options.layout)
+    samples = [Sample(talk.context(a.prompt.text, ()), a.drafts[0].token_ids) for a in attempts]
+    device = next(loaded.model.parameters()).device
+    total, count = 0.0, 0
+    with progress.track(f"drift {s.label}", len(samples), "drafts") as bar:
+        for first in range(0, len(samples), DRIFT_SAMPLES):
+            chunk = samples[first : first + DRIFT_SAMPLES]
+            tree = trees.build(chunk).to(device)
+            total += float(policy.tree_kl(loaded.model, other.model, tree).sum())
+            count += len(tree.targets_N)
+            bar.advance(len(chunk))
+    return total / count
 
 
 def publish(source: Path, target: Path, summary: Summary, about: str) -> None:

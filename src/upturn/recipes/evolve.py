@@ -15,7 +15,7 @@ from pydantic import Field
 from upturn._model import Strict
 from upturn.config import Scorer, Selector, Strategy, Task
 from upturn.engines.sampling import Config as Sampling
-from upturn.lab.lab import Lab, Measure, Model, Options, Pairs, Training
+from upturn.lab.lab import Lab, Measure, Model, Options, Pairs, Track, Training
 
 
 class Collect(Strict):
@@ -53,6 +53,8 @@ class Config(Strict):
     """Run folder; runs/<name> when not given."""
     store: str | None = None
     """Where finished steps lie; <output_dir>/store when not given. Runs may share one."""
+    track: Track = ()
+    """Also send metrics to these: tensorboard, trackio, wandb."""
     limit: int | None = Field(default=None, ge=1)
     """At most this many prompts in every place, for a quick look."""
 
@@ -69,15 +71,15 @@ def run(cfg: Config, lab: Lab) -> None:
         return lab.select(lab.score(drafts, cfg.scorer, label), how.selection, label)
 
     model = lab.load(cfg.model)
-    lab.measure(model, cfg.measure, "base")
+    lab.measure(model, cfg.measure, "base", scorer=cfg.scorer)
     if cfg.activate:
         model = lab.train(model, pairs_from(model, cfg.activate, "sft"), cfg.sft, "sft")  # eq. 4
-        lab.measure(model, cfg.measure, "sft")
+        lab.measure(model, cfg.measure, "sft", scorer=cfg.scorer)
     start = model
     for iteration in range(1, cfg.iterations + 1):
         label = f"iteration {iteration}"
         pairs = pairs_from(model, cfg.collect, label)
         reference = start if cfg.reference == "sft" else None
         model = lab.train(model, pairs, cfg.prefer, label, iteration, reference)  # eq. 5
-        lab.measure(model, cfg.measure, label, iteration)
+        lab.measure(model, cfg.measure, label, iteration, cfg.scorer)
     lab.publish(model, "Trained with EVOLVE (arXiv:2502.05605).")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 from upturn.errors import DataError, UpturnError
@@ -21,9 +22,9 @@ class Scorer(Protocol):
 
 
 def grade(task: Task, prompt: Prompt, answer: str) -> Score:
-    """The task's verdict; a verifier that raises is a `DataError` that names the prompt."""
+    """The task's verdict, with the final answer; a verifier that raises is a `DataError` that names the prompt."""
     try:
-        return task.grade(prompt, answer)
+        return replace(task.grade(prompt, answer), answer=task.vote_key(prompt, answer))
     except UpturnError:
         raise
     except Exception as error:

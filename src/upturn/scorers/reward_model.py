@@ -100,7 +100,7 @@ class RewardModel:
 
 def _score(reward: float, verdict: Score) -> Score:
     note = "no reward: longer than max_length, or the model gave NaN" if math.isnan(reward) else verdict.note
-    return Score(reward, verdict.right, note)
+    return replace(verdict, value=reward, note=note)
 
 
 def _load(cfg: Config) -> tuple[Any, Any]:

@@ -1,0 +1,67 @@
+"""Measuring one model: chains, direct answers for the controls, judgements, and the way from earlier models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from upturn.config import Plugin, plugin
+from upturn.evaluation import summary, turns
+from upturn.evaluation.summary import Measurement
+from upturn.lab.lab import Attempts, Measure, Model
+from upturn.lab.store import write_text
+
+if TYPE_CHECKING:
+    from upturn.lab.bench import Bench
+
+
+def measure(
+    bench: Bench, model: Model, cfg: Measure, label: str, iteration: int, scorer: Plugin | None
+) -> Measurement | None:
+    """The numbers of one model; its scored attempts go to `drafts/`. None where steps are only planned."""
+    prompts = bench.prompts("test", 0, cfg.prompts)
+
+    def drafts(strategy: str, count: int, kind: str) -> Attempts:
+        chosen = plugin("strategies", {"name": strategy, "turns": count})
+        return bench.generate(model, prompts, chosen, cfg.sampling, f"{kind} {label}")
+
+    judges = _judges(scorer)
+    chains = _judged(bench, drafts("chain", cfg.turns, "measure"), judges, label, parallel=False)
+    fresh = None
+    if cfg.parallel:
+        fresh = _judged(bench, drafts("parallel", cfg.parallel, "parallel"), judges, label, parallel=True)
+    drift = _drift(bench, model, chains, label)
+    if bench.dry:
+        return None
+    vote = turns.majority(fresh.read()) if fresh else None
+    return summary.measure(label, iteration, chains.read(), vote=vote, drift=drift, seed=bench.seed)
+
+
+def _judges(scorer: Plugin | None) -> list[Plugin]:
+    """The verifier, and the scorer that trains where it is another."""
+    exact = plugin("scorers", "exact")
+    return [exact, scorer] if scorer and scorer.name != exact.name else [exact]
+
+
+def _judged(bench: Bench, drafts: Attempts, judges: Sequence[Plugin], label: str, *, parallel: bool) -> Attempts:
+    """Drafts as each judge scored them, copied into the run folder; returned as the verifier did."""
+    kind = "parallel" if parallel else "measure"
+    names = ["", " reward"][: len(judges)]
+    found = [bench.score(drafts, judge, f"{kind} {label}{name}") for judge, name in zip(judges, names, strict=True)]
+    for scored, name in zip(found, names, strict=True):
+        if not bench.dry:
+            target = bench.run_dir / summary.drafts_file(label, parallel=parallel, reward=bool(name))
+            target.parent.mkdir(exist_ok=True)
+            write_text(target, scored.path.read_text())
+    return found[0]
+
+
+def _drift(bench: Bench, model: Model, chains: Attempts, label: str) -> dict[str, float]:
+    """How far this model has moved from the first one measured, and from the one before."""
+    if not bench.measured or model.endpoint or bench.measured[0].endpoint:
+        return {}  # only weights tell distributions
+    start, previous = bench.measured[0], bench.measured[-1]
+    moved = {"start": bench.drift(model, start, chains, f"{label} against start")}
+    if previous.key == start.key:
+        return moved | {"previous": moved["start"]}
+    return moved | {"previous": bench.drift(model, previous, chains, f"{label} against previous")}

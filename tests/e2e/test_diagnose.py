@@ -1,0 +1,57 @@
+"""`upturn diagnose` from the command to the verdict, on endpoints that refine by a script."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from scripted_server import ScriptedServer
+from typer.testing import CliRunner, Result
+
+from upturn.cli.main import app
+
+
+def diagnose(model: str, url: str, folder: Path, *more: str) -> Result:
+    arguments = ["diagnose", "--model", model, "--api", url, "--task", "keywords", "--output-dir", str(folder)]
+    return CliRunner().invoke(app, [*arguments, "--json", *more])
+
+
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [("copies", []), ("churns", []), ("refines", []), ("answers", ["--base", "base"])],
+)
+def test_a_verdict_tells_the_scripted_models_apart(model: str, more: list[str], tmp_path: Path):
+    with ScriptedServer() as server:
+        done = diagnose(model, server.url, tmp_path, *more)
+    assert done.exit_code == 0, done.output
+    study = json.loads(done.stdout)
+    assert study["verdict"]["kind"] == model, study["verdict"]
+    assert study["models"][-1]["n"] == 300
+    assert (tmp_path / "report.html").is_file()
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_second_diagnosis_asks_nothing_again(tmp_path: Path):
+    with ScriptedServer() as server:
+        first = diagnose("copies", server.url, tmp_path, "--prompts", "20")
+        url = server.url
+    again = diagnose("copies", url, tmp_path, "--prompts", "20")  # nobody listens any more
+    assert (first.exit_code, again.exit_code) == (0, 0), again.output
+    assert json.loads(again.stdout)["models"] == json.loads(first.stdout)["models"]
+
+
+def test_an_endpoint_that_is_not_there_is_one_message_and_loses_nothing(tmp_path: Path):
+    with ScriptedServer() as server:
+        url = server.url
+    absent = diagnose("copies", url, tmp_path, "--prompts", "3", "--max-retries", "1")
+    assert absent.exit_code == 2
+    assert "3 of 3 prompts have no answer" in absent.output
+    assert "--skip-failed" in absent.output
+
+
+def test_a_wrong_setting_of_the_task_is_one_message(tmp_path: Path):
+    wrong = diagnose("copies", "http://localhost:9/v1", tmp_path, "max_word=20")
+    assert wrong.exit_code == 2
+    assert "Did you mean 'max_words'?" in wrong.output
+    assert list(tmp_path.iterdir()) == []
