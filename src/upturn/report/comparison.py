@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -240,7 +241,13 @@ def _forest(axes: Axes, contrasts: Sequence[Contrast], arms: Sequence[str]) -> N
         points = 100 * change.value
         axes.annotate(signed(points), (points, row), (0, 7), textcoords="offset points", ha="center", fontsize=12)
     axes.set_ylim(len(arms) - 0.5, -0.6)
-    axes.set_yticks(range(len(arms)), labels=[fitted(arm, 0.3 * panel_width(axes)) for arm in arms])
+    axes.set_yticks(range(len(arms)), labels=[_in_lines(arm, 0.3 * panel_width(axes)) for arm in arms])
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="x")
     axes.set_axisbelow(True)
+
+
+def _in_lines(name: str, pixels: float) -> str:
+    """A name in two lines at most, so that names which begin alike are told apart; cut where a line is too long."""
+    first, *rest = textwrap.wrap(name, max(3, int(pixels / 7)), break_long_words=False) or [name]
+    return "\n".join(fitted(line, pixels) for line in [first, " ".join(rest)] if line)
