@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Literal
 
 import numpy as np
+from hypothesis import strategies as st
 
 from upturn.types import Attempt, Draft, Prompt, Score
 
@@ -82,3 +83,20 @@ def _letters(right: Sequence[bool]) -> str:
 def _answers(rng: np.random.Generator, right: Sequence[bool]) -> list[str]:
     """The right answer is 0; wrong ones scatter over five others."""
     return ["0" if one else str(rng.integers(1, 6)) for one in right]
+
+
+def chains(rows: Sequence[str]) -> list[Attempt]:
+    """A prompt per pattern; final answers are as right as their drafts."""
+    return [chain(str(place), row, answers=row) for place, row in enumerate(rows)]
+
+
+patterns = st.lists(st.text("rw", min_size=3, max_size=3), min_size=1, max_size=20)
+"""Any chains of three turns."""
+
+CHAIN = [
+    chain("a", "wrr", ["a b c", "a b d", "a b d"], "122"),
+    chain("b", "rrw", ["x", "y", "z"], "556"),
+    chain("c", "www", ["same", "same", "same"], "999"),
+    chain("d", "rrr", ["p q", "p q", "p"], "777"),
+]
+"""Four prompts to work by hand: two, three and four generated tokens, five, eight and eleven context tokens."""

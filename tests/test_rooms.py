@@ -54,6 +54,7 @@ LIBRARIES = {
     "datasets": "tasks",
     "typer": "cli",
     "httpx": "engines",
+    "rapidfuzz": "evaluation",
     "wandb": "tracking",
     "trackio": "tracking",
 }

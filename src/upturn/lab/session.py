@@ -77,9 +77,12 @@ def diagnose(
     setting: Setting = Setting(),
     base: str | Endpoint | None = None,
 ) -> tuple[Path, Summary]:
-    """Can this model refine? Chains and as many independent answers, of the model and of the base it came from."""
+    """Can this model refine? Chains and independent answers, of the model and of the base it came from.
+
+    There are two answers more than turns: refinements may be longer, and controls are read at equal tokens.
+    """
     models = ({"base": base} if base else {}) | {"model": model}
-    return _measured("diagnose", models, task, {"parallel": cfg.get("turns", 4)} | cfg, setting)
+    return _measured("diagnose", models, task, {"parallel": cfg.get("turns", 4) + 2} | cfg, setting)
 
 
 def _measured(
