@@ -39,6 +39,7 @@ REWARDS = [
     scripted.rewarded(PARALLEL[3], 0.9, 0.1, math.nan),
 ]
 
+
 def siblings(rows: list[str]) -> list[Attempt]:
     return [scripted.parallel(str(place), row, answers=row) for place, row in enumerate(rows)]
 

@@ -412,9 +412,7 @@ def import_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "needed"), [("tensorboard", "torch.utils.tensorboard"), ("trackio", "trackio"), ("wandb", "wandb")]
 )
-def test_an_absent_library_says_how_to_get_it(
-    name: str, needed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_absent_library_says_how_to_get_it(name: str, needed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, needed, None)
     import_anew(name, monkeypatch)
     with pytest.raises(ConfigError) as error:

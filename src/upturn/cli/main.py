@@ -29,6 +29,10 @@ ModelOption = Annotated[str, typer.Option("--model", "-m", help="Folder, hub id,
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same drafts.")]
 TaskOption = Annotated[str, typer.Option("--task", help="Name of a task (see `upturn list tasks`).")]
+Turns = Annotated[int, typer.Option("--turns", "-t", min=2, help="Turns per prompt.")]
+NumPrompts = Annotated[int, typer.Option("--prompts", "-n", min=1, help="Held-out prompts.")]
+Data = Annotated[str | None, typer.Option(help="Where the task's data lie.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float32 or auto.")]
 TaskSettings = Annotated[list[str] | None, typer.Argument(help="Settings of the task: key=value.")]
 
 
@@ -121,12 +125,12 @@ def evaluate(
     model: ModelOption,
     task: TaskOption,
     task_settings: TaskSettings = None,
-    turns: Annotated[int, typer.Option("--turns", "-t", min=2, help="Turns per prompt.")] = 4,
-    prompts: Annotated[int, typer.Option("--prompts", "-n", min=1, help="Held-out prompts.")] = 300,
+    turns: Turns = 4,
+    prompts: NumPrompts = 300,
     temperature: Temperature = 0.7,
     seed: Seed = 0,
-    data: Annotated[str | None, typer.Option(help="Where the task's data lie.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or auto.")] = "auto",
+    data: Data = None,
+    dtype: Dtype = "auto",
     output_dir: Annotated[Path | None, typer.Option(help="Run folder; runs/eval-... when not given.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -159,12 +163,12 @@ def diagnose(
         str | None, typer.Option(help="An OpenAI-compatible endpoint; --model is then its name there.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The model it came from: what did its first turn gain?")] = None,
-    turns: Annotated[int, typer.Option("--turns", "-t", min=2, help="Turns per prompt.")] = 4,
-    prompts: Annotated[int, typer.Option("--prompts", "-n", min=1, help="Held-out prompts.")] = 300,
+    turns: Turns = 4,
+    prompts: NumPrompts = 300,
     temperature: Temperature = 0.7,
     seed: Seed = 0,
-    data: Annotated[str | None, typer.Option(help="Where the task's data lie.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or auto.")] = "auto",
+    data: Data = None,
+    dtype: Dtype = "auto",
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at the same time, with --api.")] = 16,
     max_retries: Annotated[int, typer.Option(min=0, help="How often a request is repeated, with --api.")] = 6,
     skip_failed: Annotated[bool, typer.Option(help="Go on without prompts that the endpoint does not answer.")] = False,
@@ -178,10 +182,11 @@ def diagnose(
     from upturn.report import read
 
     _quiet(quiet, as_json)
-    asked, came_from = (m and verbs.place(m, api, concurrency, max_retries) for m in (model, base))
+    asked = verbs.place(model, api, concurrency, max_retries)
+    came_from = verbs.place(base, api, concurrency, max_retries) if base else None
     cfg = {"turns": turns, "prompts": prompts, "sampling": {"temperature": temperature}}
     setting = session.Setting(seed, data, dtype, output_dir, task_settings or (), skip_failed)
-    folder, _ = session.diagnose(asked or model, task, cfg, setting, came_from)
+    folder, _ = session.diagnose(asked, task, cfg, setting, came_from)
     study = read.study_of(folder)
     if as_json:
         _print_json(json.loads(study.model_dump_json()))

@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from upturn.errors import RunError
-from upturn.evaluation import stats
 from upturn.evaluation.compare import Comparison, Run, compare
 from upturn.evaluation.study import Study
 from upturn.report import arms as shapes
@@ -38,7 +37,7 @@ def side_by_side(
     folders, notes = arms_of(runs, explicit)
     names = _reference_first(list(folders), against)
     loaded = {name: [last_model(folder) for folder in folders[name]] for name in names}
-    found = _against_first(compare(loaded))
+    found = compare(loaded, against=names[0])
     curves = shapes.curves(loaded)
     return pages.write_comparison(output, found, curves, notes), found, curves, notes
 
@@ -135,15 +134,6 @@ def last_model(folder: Path) -> Run:
         raise RunError(f"run folder {folder}", "Nothing has been measured yet.", "Wait, or leave this run out.")
     last = found.measured[-1]
     return Run(found.summary.seed, last.label, last.chain, last.parallel or None)
-
-
-def _against_first(comparison: Comparison) -> Comparison:
-    """Only the contrasts against the first arm, and Holm's correction over these."""
-    first = comparison.arms[0].name
-    kept = [contrast for contrast in comparison.contrasts if contrast.before == first]
-    adjusted = stats.holm([contrast.p_value for contrast in kept])
-    contrasts = tuple(c.model_copy(update={"p_holm": p}) for c, p in zip(kept, adjusted, strict=True))
-    return comparison.model_copy(update={"contrasts": contrasts})
 
 
 def show_comparison(path: Path, found: Comparison, curves: Sequence[shapes.ArmCurve], notes: Sequence[str]) -> None:

@@ -14,7 +14,6 @@ import hashlib
 import os
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -23,10 +22,10 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator
 
 from upturn._model import Strict
-from upturn.engines import _wire, sampling
+from upturn.engines import _base, _wire, sampling
+from upturn.engines._base import Generate
 from upturn.engines._wire import Again, Answer
-from upturn.engines.local import Generate
-from upturn.errors import DataError, RunError
+from upturn.errors import RunError
 from upturn.types import Attempt, Draft, FinishReason, Prompt
 
 if TYPE_CHECKING:
@@ -116,8 +115,7 @@ class Api:
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Every question must say something, else DataError for the first. Lengths are known to the endpoint only."""
-        if empty := [prompt.id for prompt in prompts if not prompt.text.strip()]:
-            raise DataError(f"prompt {empty[0]}", "It is empty.", "Ask something.")
+        _base.refuse_empty(prompts)
 
     def run(
         self, prompts: Sequence[Prompt], generate: Generate, on_draft: Callable[[Draft], None] = lambda draft: None
@@ -127,15 +125,7 @@ class Api:
         Raises RunError where the endpoint refuses the key, the url or the model.
         """
 
-        def work() -> list[Attempt]:
-            return asyncio.run(self._run(prompts, generate, on_draft))
-
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return work()
-        with ThreadPoolExecutor(1) as pool:  # a notebook has a loop of its own
-            return pool.submit(work).result()
+        return _base.outside_loops(lambda: asyncio.run(self._run(prompts, generate, on_draft)))
 
     async def _run(
         self, prompts: Sequence[Prompt], generate: Generate, on_draft: Callable[[Draft], None]

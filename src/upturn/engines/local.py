@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from upturn.engines import sampling
+from upturn.engines import _base, sampling
+from upturn.engines._base import Generate
 from upturn.engines._slots import Slots, StepPlan
 from upturn.errors import DataError
 from upturn.models import policy
 from upturn.models.chat import Chat
 from upturn.types import Attempt, Draft, FinishReason, Prompt
 
-Generate = Callable[[Prompt, Any], Coroutine[Any, Any, list[Draft]]]
 PREFILL_TOKENS = 4096
 """Most context tokens computed in one forward pass."""
 GROW = 128
@@ -67,8 +66,7 @@ class Local:
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Every question must say something and leave room for an answer, else DataError for the first."""
-        if empty := [prompt.id for prompt in prompts if not prompt.text.strip()]:
-            raise DataError(f"prompt {empty[0]}", "It is empty.", "Ask something.")
+        _base.refuse_empty(prompts)
         sizes = [len(self.chat.context(prompt.text, ())) for prompt in prompts]
         long = [place for place, size in enumerate(sizes) if size >= self.longest]
         if long:
@@ -88,12 +86,7 @@ class Local:
             with torch.inference_mode():
                 return asyncio.run(self._run(prompts, generate, on_draft))
 
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return work()
-        with ThreadPoolExecutor(1) as pool:  # a notebook has a loop of its own
-            return pool.submit(work).result()
+        return _base.outside_loops(work)
 
     async def _run(
         self, prompts: Sequence[Prompt], generate: Generate, on_draft: Callable[[Draft], None]

@@ -112,9 +112,7 @@ def _pass_change(model: Measured, before: Measured, seed: int) -> PassAt | None:
     return PassAt(k=k, share=share) if share else None
 
 
-def _change(
-    after: Sequence[Attempt], before: Sequence[Attempt], number: values.Number, seed: int
-) -> Estimate | None:
+def _change(after: Sequence[Attempt], before: Sequence[Attempt], number: values.Number, seed: int) -> Estimate | None:
     differences = values.minus(values.per_prompt(after, number), values.per_prompt(before, number))
     return stats.mean(differences, seed) if differences else None
 

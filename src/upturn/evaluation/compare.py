@@ -90,8 +90,8 @@ class Comparison(Strict):
     contrasts: tuple[Contrast, ...]
 
 
-def compare(arms: Mapping[str, Sequence[Run]], seed: int = 0) -> Comparison:
-    """Every pair of arms, the earlier one subtracted from the later.
+def compare(arms: Mapping[str, Sequence[Run]], seed: int = 0, against: str | None = None) -> Comparison:
+    """Every pair of arms, the earlier one subtracted from the later; with `against`, only the pairs with that arm.
 
     An arm's prompts are those of all its runs, since the problems of some tasks depend on the seed. Raises RunError
     where there is one arm only, an arm has no runs, a run no attempts, or two arms have other prompts.
@@ -99,9 +99,10 @@ def compare(arms: Mapping[str, Sequence[Run]], seed: int = 0) -> Comparison:
     arms = {name: sorted(runs, key=lambda run: run.seed) for name, runs in arms.items()}
     prompts = _prompts(arms)
     rows = [_arm(name, runs, prompts, seed) for name, runs in arms.items()]
+    pairs = [(against, name) for name in arms if name != against] if against else combinations(arms, 2)
     found = [
         contrast
-        for before, after in combinations(arms, 2)
+        for before, after in pairs
         for contrast in _contrasts((before, arms[before]), (after, arms[after]), prompts, seed)
     ]
     adjusted = stats.holm([contrast.p_value for contrast in found])

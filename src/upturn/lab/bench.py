@@ -192,9 +192,7 @@ class Bench:
         self._report(training=(*self.summary.training, row))
         return Model(result.key, result.folder / "model", label)
 
-    def measure(
-        self, model: Model, cfg: Measure, label: str, iteration: int = 0, scorer: Plugin | None = None
-    ) -> None:
+    def measure(self, model: Model, cfg: Measure, label: str, iteration: int = 0, scorer: Plugin | None = None) -> None:
         from upturn.lab import measuring
 
         row = measuring.measure(self, model, cfg, label, iteration, scorer)

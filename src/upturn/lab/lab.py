@@ -112,9 +112,7 @@ class Lab(Protocol):
         """Train a copy of the model; the reference is the model itself unless another is named."""
         ...
 
-    def measure(
-        self, model: Model, cfg: Measure, label: str, iteration: int = 0, scorer: Plugin | None = None
-    ) -> None:
+    def measure(self, model: Model, cfg: Measure, label: str, iteration: int = 0, scorer: Plugin | None = None) -> None:
         """Turns, controls and drift of a model on held-out prompts; `scorer` is the one that trains, if any."""
         ...
 

@@ -1,0 +1,30 @@
+"""What the engines have in common: the strategy they run, and how a caller waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from upturn.errors import DataError
+from upturn.types import Draft, Prompt
+
+T = TypeVar("T")
+Generate = Callable[[Prompt, Any], Coroutine[Any, Any, list[Draft]]]
+
+
+def refuse_empty(prompts: Sequence[Prompt]) -> None:
+    """Every question must say something, else DataError for the first."""
+    if empty := [prompt.id for prompt in prompts if not prompt.text.strip()]:
+        raise DataError(f"prompt {empty[0]}", "It is empty.", "Ask something.")
+
+
+def outside_loops(work: Callable[[], T]) -> T:
+    """The result of work that starts an event loop, also where one is running already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return work()
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
