@@ -85,8 +85,9 @@ def prepare(args: argparse.Namespace, name: str, arms: tuple[str, ...]) -> Bench
     request = keywords.Config().refine_request
     talk = chat.load(loaded.tokenizer, loaded.end_ids, request)
     order = rows.order(evolve.needs(CFG))
-    groups = [rows.samples_of(pair, order, talk) for pair in _pairs(args, name, loaded.tokenizer, talk)]
-    batches = {arm: _micro_batches(groups, order, arm, args.max_tree_tokens) for arm in arms}
+    pairs = _pairs(args, name, loaded.tokenizer, talk)
+    groups = [rows.samples_of(pair, order, talk) for pair in pairs]
+    batches = {arm: _micro_batches(pairs, groups, order, arm, args.max_tree_tokens) for arm in arms}
     return Bench(loaded.model, MasterAdamW(loaded.model, plan.Config.model_validate({})), batches)
 
 
@@ -113,14 +114,21 @@ def _question(length: int, rng: random.Random, talk: chat.Chat) -> str:
     return " ".join(words)
 
 
-def _micro_batches(groups: list[list[Sample]], order: rows.Rows, arm: str, budget: int) -> list[rows.Packed]:
+def _micro_batches(
+    pairs: list[Pair], groups: list[list[Sample]], order: rows.Rows, arm: str, budget: int
+) -> list[rows.Packed]:
     """As the trainer cuts them, each arm counting the tokens it computes; the reference's values are free."""
     share = arm == "tree"
     sizes = [len(trees.build(group, share=share).ids_T) for group in groups]
     cfg = plan.Config.model_validate({"train_batch_size": len(groups), "max_tree_tokens": budget})
-    zeros = [[0.0] * len(order)] * len(groups)
+
+    def packed(batch: tuple[int, ...]) -> rows.Packed:
+        chosen = [groups[i] for i in batch]
+        zeros_N = torch.zeros(sum(rows.num_targets(group) for group in chosen))
+        return rows.pack(chosen, order, [pairs[i] for i in batch], rows.Cached(zeros_N), share=share)
+
     return [
-        rows.pack([groups[i] for i in batch], order, [1.0] * len(batch), zeros[: len(batch)], share=share)
+        packed(batch)
         for batch in plan.steps(sizes, cfg, 0)[0].micro_batches
     ]
 

@@ -6,11 +6,16 @@ so chains, stars, parallel samples and aggregation are the same data with other 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "context"]
 """Why a draft ended: an end token was sampled, `max_new_tokens` was reached, or the model's context was full."""
+
+
+Kind = Literal["answer", "critique"]
+"""A critique is no answer: it is shown to the model, and never judged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +48,12 @@ class Draft:
     cached_tokens: int
     """How many of those were already in the KV cache."""
     num_tokens_told: int | None = None
-    """Tokens generated, where an endpoint tells only their number."""
+    """Tokens generated, where an endpoint tells only their number, or a critique was generated before."""
+    kind: Kind = "answer"
+    request: str = ""
+    """What the user said to get it, behind the drafts shown; empty for the task's own request."""
+    critique: str = ""
+    """The critique that this answer was to follow."""
 
     @property
     def num_tokens(self) -> int:
@@ -93,11 +103,56 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
+class Group:
+    """Drafts of one prompt to learn from, each in the context in which it was sampled."""
+
+    attempt: Attempt
+    values: tuple[float | None, ...]
+    """What the objective makes of each draft: a weight, an advantage, a win rate; None where it is only shown."""
+
+
+Example = Pair | Group
+"""What an objective learns from."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """Token ids of a context and of the target whose log-probability is asked for."""
 
     context: tuple[int, ...]
     target: tuple[int, ...]
+
+
+def requests(shown: Sequence[Draft], last: str) -> list[str]:
+    """What the user says behind each of the drafts shown: the request that led to the next one, and the last."""
+    return [*(draft.request for draft in shown[1:]), last] if shown else []
+
+
+def answers(attempts: Sequence[Attempt]) -> list[Attempt]:
+    """The attempts without critiques: each is folded into the answers that were to follow it, with its tokens.
+
+    An answer then has the answer that was criticised as its parent, and drafts are numbered anew.
+    """
+    return [_folded(attempt) if any(d.kind == "critique" for d in attempt.drafts) else attempt for attempt in attempts]
+
+
+def _folded(attempt: Attempt) -> Attempt:
+    by_index = {draft.index: draft for draft in attempt.drafts}
+    kept = [draft for draft in attempt.drafts if draft.kind == "answer"]
+    place = {draft.index: number for number, draft in enumerate(kept)}
+
+    def folded(draft: Draft) -> Draft:
+        shown = [by_index[index] for index in draft.parents]
+        critiques = [each for each in shown[-1:] if each.kind == "critique"]
+        return replace(
+            draft,
+            index=place[draft.index],
+            parents=tuple(place[each.index] for each in shown if each.kind == "answer"),
+            num_tokens_told=draft.num_tokens + sum(each.num_tokens for each in critiques) if critiques else None,
+            critique="\n".join(each.text for each in critiques),
+        )
+
+    return Attempt(attempt.prompt, tuple(folded(draft) for draft in kept))
 
 
 def to_json(record: Any) -> dict[str, Any]:
@@ -118,6 +173,13 @@ def draft_from_json(data: dict[str, Any]) -> Draft:
     """The inverse of `to_json` for a draft."""
     lists: dict[str, Any] = {name: tuple(data[name]) for name in ("parents", "token_ids", "sampler_logprobs")}
     return Draft(**(data | lists))
+
+
+def example_from_json(data: dict[str, Any]) -> Example:
+    """The inverse of `to_json` for a pair or a group."""
+    if "attempt" in data:
+        return Group(attempt_from_json(data["attempt"]), tuple(data["values"]))
+    return pair_from_json(data)
 
 
 def pair_from_json(data: dict[str, Any]) -> Pair:

@@ -41,7 +41,7 @@ def unbroken(place: Path, outcome: dict[str, Any]) -> dict[str, Any]:
         "metrics.jsonl",
     )
     assert set(kinds) < found.keys()
-    assert any(name.endswith("/pairs.jsonl") for name in found)
+    assert any(name.endswith("/examples.jsonl") for name in found)
     return found
 
 

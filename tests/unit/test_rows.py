@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,23 +77,25 @@ def test_a_pack_finds_every_row_and_counts_target_tokens_only(talk: chat.Chat, p
     order = rows.order(evolve.needs(evolve.Config()))
     other = Pair(Prompt("q", "2+2"), draft(0, 40), draft(1, 41, 42, 43))
     groups = [rows.samples_of(each, order, talk) for each in (pair, other)]
-    packed = rows.pack(groups, order, [1.0, 0.7], [[0.0] * 6, [1.0] * 6])
+    sizes = [4, 3, 4, 3, 4, 3, 2, 4, 2, 4, 2, 4]
+    reference_N = torch.cat([torch.full((size,), float(place)) for place, size in enumerate(sizes)])
+    packed = rows.pack(groups, order, [pair, replace(other, p=0.7)], rows.Cached(reference_N))
     assert {row: where.tolist() for row, where in packed.batch.rows.items()} == {
         row: [place, place + 6] for place, row in enumerate(order)
     }
-    assert packed.batch.num_tokens_S.tolist() == [4, 3, 4, 3, 4, 3, 2, 4, 2, 4, 2, 4]
+    assert packed.batch.num_tokens_S.tolist() == sizes
     assert torch.bincount(packed.batch.owner_N).tolist() == packed.batch.num_tokens_S.tolist()
     assert packed.tree.targets_N.tolist()[:4] == [20, 21, 22, END]
     assert packed.batch.p_P.tolist() == pytest.approx([1.0, 0.7])
     assert packed.batch.reference_S is not None
-    assert packed.batch.reference_S.tolist() == [0.0] * 6 + [1.0] * 6
+    assert packed.batch.reference_S.tolist() == [float(place * size) for place, size in enumerate(sizes)]
 
 
 def test_a_tree_is_smaller_than_its_rows(talk: chat.Chat, pair: Pair):
     order = rows.order(EVERY)
     samples = rows.samples_of(pair, order, talk)
-    folded = rows.pack([samples], order, [1.0], None)
-    apart = rows.pack([samples], order, [1.0], None, share=False)
+    folded = rows.pack([samples], order, [pair])
+    apart = rows.pack([samples], order, [pair], share=False)
     assert rows.tree_size(samples) == len(folded.tree.ids_T) < len(apart.tree.ids_T) == folded.tree.num_row_tokens
 
 
@@ -101,7 +104,7 @@ def test_the_score_of_a_row_is_that_of_its_answer_alone(tiny_model: Path, pair: 
     policy.use_plans(loaded.model)
     talk = chat.load(loaded.tokenizer, loaded.end_ids, "again")
     order = rows.order(EVERY)
-    packed = rows.pack([rows.samples_of(pair, order, talk)], order, [1.0], None)
+    packed = rows.pack([rows.samples_of(pair, order, talk)], order, [pair])
     with torch.no_grad():
         logprobs_N = policy.tree_logprobs(loaded.model, packed.tree)
         sums_S = sum_by_sample(logprobs_N, packed.batch.owner_N, 6)

@@ -8,10 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from upturn.errors import DataError
-from upturn.types import Draft, Prompt
+from upturn.types import Draft, Kind, Prompt
 
 T = TypeVar("T")
 Generate = Callable[[Prompt, Any], Coroutine[Any, Any, list[Draft]]]
+
+
+def next_turn(shown: Sequence[Draft], kind: Kind) -> int:
+    """The turn of a draft that is shown these: a critique belongs to the turn of the answer before it."""
+    last = max((draft.turn for draft in shown), default=0)
+    return max(last, 1) if kind == "critique" else last + 1
 
 
 def refuse_empty(prompts: Sequence[Prompt]) -> None:

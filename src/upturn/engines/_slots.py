@@ -10,6 +10,9 @@ from torch import Tensor
 
 from upturn.models._attention import How, hidden, sdpa
 
+PADDED = 2
+"""Proposals of different lengths are padded to one call while that makes at most so many times their number."""
+
 
 class Slots:
     """Keys and values of up to `size` contexts of at most `length` tokens.
@@ -33,20 +36,30 @@ class StepPlan:
     rows       slots that take part
     starts     tokens already in each slot
     counts     new tokens of each slot; they lie one slot after the other in the flat step
+    asked      of how many of these, the last ones, the next token is wanted: one and the proposals
 
-    Slots that decode bring one token, slots that begin bring their context. The last token of every slot forms one
-    attention call over the cache as it lies; the other tokens of beginning slots form a second one.
+    Slots that decode bring one token and their proposals, slots that begin bring their context. The last tokens of
+    every slot form one attention call over the cache as it lies; the earlier ones form a second one.
     """
 
-    def __init__(self, slots: Slots, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> None:
+    def __init__(
+        self,
+        slots: Slots,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        asked: Sequence[int],
+    ) -> None:
         self.slots = slots
         device = slots.keys.device
-        spans = list(zip(rows, starts, counts, strict=True))
-        self.row_T = torch.tensor([row for row, _, count in spans for _ in range(count)], device=device)
-        self.place_T = torch.tensor([start + i for _, start, count in spans for i in range(count)], device=device)
-        ends = list(accumulate(counts))
-        last = [(row, end - 1, start + n - 1, 1) for (row, start, n), end in zip(spans, ends, strict=True)]
-        rest = [(row, end - n, start, n - 1) for (row, start, n), end in zip(spans, ends, strict=True) if n > 1]
+        spans = list(zip(rows, starts, counts, accumulate(counts), strict=True))
+        self.row_T = torch.tensor([row for row, _, count, _ in spans for _ in range(count)], device=device)
+        self.place_T = torch.tensor([start + i for _, start, count, _ in spans for i in range(count)], device=device)
+        wanted = [place for end, n in zip(accumulate(counts), asked, strict=True) for place in range(end - n, end)]
+        self.asked_N = torch.tensor(wanted, device=device)
+        tail = max(asked) if len(asked) * max(asked) <= PADDED * sum(asked) else 1
+        last = [(row, end - min(n, tail), start + n - min(n, tail), min(n, tail)) for row, start, n, end in spans]
+        rest = [(row, end - n, start, n - tail) for row, start, n, end in spans if n > tail]
         self._parts = [_Part(part, slots.length, device) for part in (last, rest) if part]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:

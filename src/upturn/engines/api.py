@@ -14,6 +14,7 @@ import hashlib
 import os
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from upturn.engines import _base, _wire, sampling
 from upturn.engines._base import Generate
 from upturn.engines._wire import Again, Answer
 from upturn.errors import RunError
-from upturn.types import Attempt, Draft, FinishReason, Prompt
+from upturn.types import Attempt, Draft, FinishReason, Kind, Prompt, requests
 
 if TYPE_CHECKING:
     import httpx
@@ -153,9 +154,12 @@ class Api:
     async def _attempt(self, prompt: Prompt, generate: Generate) -> Attempt | None:
         calls: list[asyncio.Task[Draft]] = []
 
-        async def sample(prompt: Prompt, shown: Sequence[Draft]) -> Draft:
-            calls.append(asyncio.create_task(self._draft(prompt, shown, index=len(calls))))
-            return await calls[-1]
+        async def sample(
+            prompt: Prompt, shown: Sequence[Draft], request: str = "", kind: Kind = "answer"
+        ) -> Draft:
+            asked = self._draft(prompt, shown, len(calls), request)
+            calls.append(asyncio.create_task(asked))
+            return replace(await calls[-1], kind=kind, turn=_base.next_turn(shown, kind))
 
         async with self._prompts:
             try:
@@ -166,8 +170,8 @@ class Api:
             finally:  # siblings of a failed draft would go on asking
                 await _stop(calls)
 
-    async def _draft(self, prompt: Prompt, shown: Sequence[Draft], index: int) -> Draft:
-        body = self._body(prompt, shown, index)
+    async def _draft(self, prompt: Prompt, shown: Sequence[Draft], index: int, request: str) -> Draft:
+        body = self._body(prompt, shown, index, request)
         async with self._requests:
             answer = await self._answer(body)
         if answer.finish_reason not in FINISH:
@@ -176,7 +180,7 @@ class Api:
             self.notice = "the endpoint does not tell numbers of tokens; they count as 0"
         draft = Draft(
             index=index,
-            turn=1 + max((draft.turn for draft in shown), default=0),
+            turn=_base.next_turn(shown, "answer"),
             parents=tuple(draft.index for draft in shown),
             text=answer.text,
             token_ids=(),
@@ -185,16 +189,17 @@ class Api:
             prompt_tokens=answer.prompt_tokens,
             cached_tokens=answer.cached_tokens,
             num_tokens_told=answer.num_tokens,
+            request=request,
         )
         self.num_drafts += 1
         self._on_draft(draft)
         return draft
 
-    def _body(self, prompt: Prompt, shown: Sequence[Draft], index: int) -> dict[str, Any]:
+    def _body(self, prompt: Prompt, shown: Sequence[Draft], index: int, request: str) -> dict[str, Any]:
         messages = [{"role": "user", "content": prompt.text}]
-        for draft in shown:
+        for draft, said in zip(shown, requests(shown, request), strict=True):
             messages.append({"role": "assistant", "content": draft.text})
-            messages.append({"role": "user", "content": self.request})
+            messages.append({"role": "user", "content": said or self.request})
         body = {
             "model": self.endpoint.model,
             "messages": messages,

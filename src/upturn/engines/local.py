@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from upturn.engines._slots import Slots, StepPlan
 from upturn.errors import DataError
 from upturn.models import policy
 from upturn.models.chat import Chat
-from upturn.types import Attempt, Draft, FinishReason, Prompt
+from upturn.types import Attempt, Draft, FinishReason, Kind, Prompt
 
 PREFILL_TOKENS = 4096
 """Most context tokens computed in one forward pass."""
@@ -118,19 +118,22 @@ class Local:
     def _sampler(self, order: int) -> Callable[[Prompt, Sequence[Draft]], Any]:
         calls = 0
 
-        async def sample(prompt: Prompt, shown: Sequence[Draft]) -> Draft:
+        async def sample(
+            prompt: Prompt, shown: Sequence[Draft], request: str = "", kind: Kind = "answer"
+        ) -> Draft:
             nonlocal calls
             index, calls = calls, calls + 1
-            request = _Request(
+            asked = _Request(
                 order=(order, index),
-                context=self.chat.context(prompt.text, shown),
+                context=self.chat.context(prompt.text, shown, request),
                 parents=tuple(draft.index for draft in shown),
-                turn=1 + max((draft.turn for draft in shown), default=0),
+                turn=_base.next_turn(shown, kind),
                 uniforms=sampling.uniforms(self.seed, f"{prompt.id}/{index}", self.max_new_tokens),
                 done=asyncio.get_running_loop().create_future(),
             )
-            heapq.heappush(self._queue, request)
-            return await request.done
+            heapq.heappush(self._queue, asked)
+            draft = await asked.done
+            return replace(draft, kind=kind, request=request) if request else draft
 
         return sample
 

@@ -88,8 +88,9 @@ def _warnings_of_training(training: Sequence[TrainingRow]) -> Iterator[str]:
     rows = [row for row in training if row.iteration]
     if len(rows) > 1 and rows[-1].pairs < DRY * rows[-2].pairs:
         yield f"Pairs are running out: {rows[-1].pairs:,} after {rows[-2].pairs:,}."
-    if rows and rows[-1].label_precision < NOISY:
-        yield f"Only {percent(rows[-1].label_precision)} of the pairs have a right chosen and a wrong rejected draft."
+    precise = rows[-1].label_precision if rows else None
+    if precise is not None and precise < NOISY:
+        yield f"Only {percent(precise)} of the pairs have a right chosen and a wrong rejected draft."
 
 
 def _direction(change: Estimate) -> int:

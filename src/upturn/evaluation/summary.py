@@ -57,7 +57,7 @@ class TrainingRow(Strict):
     iteration: int
     """0 before the first preference iteration."""
     pairs: int
-    """Pairs (or samples, where no pairs are needed) that were trained on."""
+    """Pairs that were trained on, or groups of drafts of one prompt."""
     steps: int
     """Optimizer steps."""
     tokens: int
@@ -65,10 +65,11 @@ class TrainingRow(Strict):
     seconds: float
     """Wall time."""
     dropped: dict[str, int]
-    """Candidates that made no pair, by reason."""
-    label_precision: float
-    """Share of the pairs whose chosen draft is right and whose rejected draft is wrong, by the verifier."""
-    chosen_earlier: float
+    """Candidates that made no example, by reason."""
+    label_precision: float | None
+    """Share of the pairs whose chosen draft is right and whose rejected draft is wrong, by the verifier; None where
+    groups of drafts were trained on."""
+    chosen_earlier: float | None
     """Share of the pairs whose chosen draft has the lower turn: the chain made it worse."""
     final_loss: float | None
     """Loss of the last step."""

@@ -15,14 +15,14 @@ from upturn.engines.sampling import Config as Sampling
 from upturn.errors import DataError
 from upturn.evaluation import summary
 from upturn.lab import estimate
-from upturn.lab.lab import Attempts, Measure, Model, Options, Pairs, Training
+from upturn.lab.lab import Attempts, Examples, Measure, Model, Options, Training
 from upturn.lab.store import Planned, Result, Steps, write_json, write_text
 from upturn.models.chat import VERSION as CHAT_VERSION
 from upturn.selection._base import label_precision
 from upturn.tracking import events, progress
-from upturn.types import Prompt, to_json
+from upturn.types import Prompt, answers, to_json
 
-VERSIONS = {"generate": 1, "score": 2, "select": 2, "train": 1, "drift": 1}
+VERSIONS = {"generate": 1, "score": 2, "select": 3, "train": 1, "drift": 1}
 """Raised when a step would give another result from the same inputs."""
 _TOLD: Any = dict.fromkeys(("label", "iteration", "n"), True) | {
     "turns": {"__all__": {"turn", "accuracy", "low", "high"}},
@@ -75,7 +75,13 @@ class Bench:
         return found
 
     def generate(
-        self, model: Model, prompts: Sequence[Prompt], strategy: Plugin, how: Sampling, label: str
+        self,
+        model: Model,
+        prompts: Sequence[Prompt],
+        strategy: Plugin,
+        how: Sampling,
+        label: str,
+        first: Attempts | None = None,
     ) -> Attempts:
         how = how if how.max_new_tokens else how.model_copy(update={"max_new_tokens": self.task.max_new_tokens})
         config = {
@@ -92,61 +98,71 @@ class Bench:
             from upturn.lab import work as jobs
 
             settings = self._settings(label, folder)
+            rule = jobs.rule_of(strategy, first.read() if first else ())
             if model.endpoint:
-                return jobs.ask(model.endpoint, prompts, strategy, how, settings, skip_failed=self.skip_failed)
-            return jobs.generate(self._loaded(model), prompts, strategy, how, settings)
+                return jobs.ask(model.endpoint, prompts, rule, how, settings, skip_failed=self.skip_failed)
+            return jobs.generate(self._loaded(model), prompts, rule, how, settings)
 
         drafts = len(prompts) * strategy.cfg.turns  # type: ignore[attr-defined]
         guess = {"drafts": drafts, "tokens": round(estimate.ANSWER_SHARE * drafts * (how.max_new_tokens or 0))}
-        result = self._do("generate", label, config, [model.key], work, guess)
+        inputs = [model.key, *([first.key] if first else [])]
+        result = self._do("generate", label, config, inputs, work, guess)
         missing = result.manifest["facts"].get("failed", 0)
         return Attempts(result.key, result.folder / "drafts.jsonl", len(prompts) - missing)
 
-    def score(self, attempts: Attempts, scorer: Plugin, label: str) -> Attempts:
+    def score(self, attempts: Attempts, scorer: Plugin, label: str, voters: Attempts | None = None) -> Attempts:
         config = {"scorer": scorer.dump(), "task": self._task_key}
 
         def work(folder: Path) -> dict[str, Any]:
-            scored = scorer.module.load(scorer.cfg).score(self.task, attempts.read())
+            others = {"voters": voters.read()} if voters else {}
+            scored = scorer.module.load(scorer.cfg).score(self.task, answers(attempts.read()), **others)
             write_text(folder / "drafts.jsonl", _lines(scored))
             events.sample(label, scored)
             return {"drafts": sum(len(attempt.drafts) for attempt in scored)}
 
-        result = self._do("score", label, config, [attempts.key], work, {})
+        inputs = [attempts.key, *([voters.key] if voters else [])]
+        result = self._do("score", label, config, inputs, work, {})
         return Attempts(result.key, result.folder / "drafts.jsonl", attempts.num_prompts)
 
-    def select(self, attempts: Attempts | Sequence[Attempts], selector: Plugin, label: str) -> Pairs:
+    def select(self, attempts: Attempts | Sequence[Attempts], selector: Plugin, label: str) -> Examples:
         sources = [attempts] if isinstance(attempts, Attempts) else list(attempts)
         config = {"selector": selector.dump()}
 
         def work(folder: Path) -> dict[str, Any]:
             groups = [attempt for source in sources for attempt in source.read()]
             chosen = selector.module.select(groups, selector.cfg, self.task.vote_key)
-            if not chosen.pairs:
+            if not chosen.examples:
                 reasons = ", ".join(f"{count} {reason}" for reason, count in chosen.dropped.items())
                 raise DataError(
                     f"selection for {label}",
-                    f"None of {len(groups)} prompts gave a pair: {reasons}.",
+                    f"None of {len(groups)} prompts gave an example: {reasons}.",
                     "Sample more drafts per prompt, raise the temperature, or choose another scorer or selection.",
                 )
-            write_text(folder / "pairs.jsonl", _lines(chosen.pairs))
-            quality = label_precision(chosen.pairs)
-            return {"pairs": len(chosen.pairs), "dropped": dict(chosen.dropped)} | asdict(quality)
+            write_text(folder / "examples.jsonl", _lines(chosen.examples))
+            quality = asdict(label_precision(chosen.pairs)) if chosen.pairs else {}
+            return {"examples": len(chosen.examples), "dropped": dict(chosen.dropped)} | quality
 
         prompts = sum(source.num_prompts for source in sources)
-        guess = {"pairs": prompts * getattr(selector.cfg, "pairs_per_prompt", 1), "dropped": {}}
+        guess = {"examples": prompts * getattr(selector.cfg, "pairs_per_prompt", 1), "dropped": {}}
         result = self._do("select", label, config, [source.key for source in sources], work, guess)
         facts = result.manifest["facts"]
-        return Pairs(
+        return Examples(
             key=result.key,
-            path=result.folder / "pairs.jsonl",
-            count=facts["pairs"],
+            path=result.folder / "examples.jsonl",
+            count=facts["examples"],
             dropped=facts["dropped"],
-            label_precision=facts.get("label_precision", 1.0),
-            chosen_earlier=facts.get("chosen_earlier", 0.0),
+            label_precision=facts.get("label_precision"),
+            chosen_earlier=facts.get("chosen_earlier"),
         )
 
     def train(
-        self, model: Model, pairs: Pairs, how: Training, label: str, iteration: int = 0, reference: Model | None = None
+        self,
+        model: Model,
+        examples: Examples,
+        how: Training,
+        label: str,
+        iteration: int = 0,
+        reference: Model | None = None,
     ) -> Model:
         frozen = None if reference is None or reference.key == model.key else reference
         config = {
@@ -164,13 +180,12 @@ class Bench:
 
             start = self._fresh(model)
             other = self._fresh(frozen) if frozen else None
-            return jobs.train(start, other, pairs.read(), how, self._settings(label, folder))
+            return jobs.train(start, other, examples.read(), how, self._settings(label, folder))
 
-        rows = len(how.objective.module.needs(how.objective.cfg))
-        guess = {
-            "tokens": estimate.training_tokens(pairs.count, rows, self.task.max_new_tokens, how.train.num_train_epochs)
-        }
-        result = self._do("train", label, config, [model.key, pairs.key], work, guess)
+        rows = len(how.objective.module.needs(how.objective.cfg) or range(estimate.DRAFTS_PER_GROUP))
+        epochs = how.train.num_train_epochs
+        guess = {"tokens": estimate.training_tokens(examples.count, rows, self.task.max_new_tokens, epochs)}
+        result = self._do("train", label, config, [model.key, examples.key], work, guess)
         if self.dry:
             return Model(result.key, result.folder / "model", label)
         self._metrics.append(result.folder / "metrics.jsonl")
@@ -179,13 +194,13 @@ class Bench:
         row = summary.TrainingRow(
             label=label,
             iteration=iteration,
-            pairs=pairs.count,
+            pairs=examples.count,
             steps=facts["steps"],
             tokens=facts["row_tokens"],
             seconds=result.manifest["seconds"],
-            dropped=pairs.dropped,
-            label_precision=pairs.label_precision,
-            chosen_earlier=pairs.chosen_earlier,
+            dropped=examples.dropped,
+            label_precision=examples.label_precision,
+            chosen_earlier=examples.chosen_earlier,
             final_loss=facts["final_loss"],
             metrics=facts["metrics"],
         )

@@ -12,6 +12,8 @@ PROMPT_TOKENS = 64
 """Tokens of a usual question with its template."""
 EFFICIENCY = {"generate": 0.15, "train": 0.35}
 """Share of the matrix rate that a step usually reaches."""
+DRAFTS_PER_GROUP = 8
+"""Drafts of a group that are learned from, as far as can be told before they are made."""
 FLOPS_PER_TOKEN = {"generate": 2 * 1.5, "train": 8}
 """Per parameter; generation also computes contexts, training also the reference."""
 

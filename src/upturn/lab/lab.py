@@ -17,7 +17,7 @@ from upturn.engines.sampling import Config as Sampling
 from upturn.models.chat import Layout
 from upturn.tracking import trackers
 from upturn.training import plan
-from upturn.types import Attempt, Pair, Prompt, attempt_from_json, pair_from_json
+from upturn.types import Attempt, Example, Prompt, attempt_from_json, example_from_json
 
 Track = trackers.Chosen
 """Experiment trackers that a run is sent to, by name; they change no result and stand in no key."""
@@ -63,22 +63,23 @@ class Attempts:
 
 
 @dataclass(frozen=True, slots=True)
-class Pairs:
-    """Pairs on disk."""
+class Examples:
+    """What a training learns from, on disk: pairs, or groups of drafts."""
 
     key: str
     path: Path
     count: int
     dropped: dict[str, int]
-    label_precision: float
-    """Share of the pairs whose chosen draft is right and whose rejected draft is wrong, by the verifier."""
-    chosen_earlier: float
-    """Share of the pairs whose chosen draft has the lower turn."""
+    label_precision: float | None
+    """Share of the pairs whose chosen draft is right and whose rejected draft is wrong, by the verifier; None for
+    groups."""
+    chosen_earlier: float | None
+    """Share of the pairs whose chosen draft has the lower turn; None for groups."""
 
-    def read(self) -> list[Pair]:
-        """All pairs."""
+    def read(self) -> list[Example]:
+        """All of them."""
         with self.path.open() as file:
-            return [pair_from_json(json.loads(line)) for line in file]
+            return [example_from_json(json.loads(line)) for line in file]
 
 
 class Lab(Protocol):
@@ -93,21 +94,33 @@ class Lab(Protocol):
         ...
 
     def generate(
-        self, model: Model, prompts: Sequence[Prompt], strategy: Plugin, how: Sampling, label: str
+        self,
+        model: Model,
+        prompts: Sequence[Prompt],
+        strategy: Plugin,
+        how: Sampling,
+        label: str,
+        first: Attempts | None = None,
     ) -> Attempts:
-        """Sample drafts."""
+        """Sample drafts. The strategy goes on from `first`, the first draft of every prompt by another model."""
         ...
 
-    def score(self, attempts: Attempts, scorer: Plugin, label: str) -> Attempts:
-        """Judge drafts."""
+    def score(self, attempts: Attempts, scorer: Plugin, label: str, voters: Attempts | None = None) -> Attempts:
+        """Judge drafts. `voters` are other drafts of the same prompts, for a scorer that judges by a vote."""
         ...
 
-    def select(self, attempts: Attempts | Sequence[Attempts], selector: Plugin, label: str) -> Pairs:
-        """Make pairs. All drafts tied is a DataError."""
+    def select(self, attempts: Attempts | Sequence[Attempts], selector: Plugin, label: str) -> Examples:
+        """Make pairs or groups. Where there is none, as with all drafts tied, a DataError."""
         ...
 
     def train(
-        self, model: Model, pairs: Pairs, how: Training, label: str, iteration: int = 0, reference: Model | None = None
+        self,
+        model: Model,
+        examples: Examples,
+        how: Training,
+        label: str,
+        iteration: int = 0,
+        reference: Model | None = None,
     ) -> Model:
         """Train a copy of the model; the reference is the model itself unless another is named."""
         ...

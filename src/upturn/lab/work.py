@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from filelock import FileLock
 from upturn import trees
 from upturn.config import Plugin
 from upturn.engines import api, local, sampling
+from upturn.engines._base import Generate
 from upturn.errors import RunError
 from upturn.evaluation.summary import Summary
 from upturn.lab.store import write_text
 from upturn.models import card, chat, load, policy
 from upturn.tracking import events, progress
 from upturn.training import train as training
-from upturn.types import Attempt, Draft, Pair, Prompt, Sample, draft_from_json, to_json
+from upturn.types import Attempt, Draft, Example, Prompt, Sample, draft_from_json, to_json
 
 FAILURES = "failures.json"
 """Prompt id -> reason, for prompts that an endpoint did not answer."""
@@ -41,8 +42,39 @@ class Settings:
     seed: int
 
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How the drafts of a prompt come about."""
+
+    generate: Generate
+    drafts: int
+    """How many the model is asked for, at most."""
+
+
+def rule_of(strategy: Plugin, first: Sequence[Attempt] = ()) -> Rule:
+    """A strategy, and where given, the first drafts that it goes on from instead of asking for them."""
+    run = partial(strategy.module.generate, cfg=strategy.cfg)
+    drafts: int = strategy.cfg.turns  # type: ignore[attr-defined]
+    if not first:
+        return Rule(run, drafts)
+    given = {attempt.prompt.id: attempt.drafts[0] for attempt in first}
+
+    async def generate(prompt: Prompt, sample: Any) -> list[Draft]:
+        waiting = [given[prompt.id]]
+
+        async def go_on(prompt: Prompt, shown: Sequence[Draft], **how: Any) -> Draft:
+            if waiting and not shown:
+                return waiting.pop()
+            draft = await sample(prompt, shown=shown, **how)
+            return replace(draft, index=draft.index + 1)  # the given draft has the first place
+
+        return await run(prompt, go_on)
+
+    return Rule(generate, drafts - 1)
+
+
 def generate(
-    loaded: load.Loaded, prompts: Sequence[Prompt], strategy: Plugin, how: sampling.Config, s: Settings
+    loaded: load.Loaded, prompts: Sequence[Prompt], rule: Rule, how: sampling.Config, s: Settings
 ) -> dict[str, Any]:
     """Sample in chunks; each finished chunk is a file, and the chunks together are `drafts.jsonl`.
 
@@ -52,13 +84,13 @@ def generate(
     if talk.notice:
         progress.say(f"{s.label}: {talk.notice}")
     engine = local.Local(loaded.model, talk, how, seed=s.seed, slots=s.options.slots)
-    return _in_chunks(engine, prompts, strategy, s)
+    return _in_chunks(engine, prompts, rule, s)
 
 
 def ask(
     endpoint: api.Endpoint,
     prompts: Sequence[Prompt],
-    strategy: Plugin,
+    rule: Rule,
     how: sampling.Config,
     s: Settings,
     *,
@@ -69,7 +101,7 @@ def ask(
     The answered prompts are kept, and only the others are asked for again; with `skip_failed` they are left out.
     """
     engine = api.Api(endpoint, s.request, how, seed=s.seed)
-    facts = _in_chunks(engine, prompts, strategy, s, keep_parts=not skip_failed)
+    facts = _in_chunks(engine, prompts, rule, s, keep_parts=not skip_failed)
     if engine.notice:
         progress.say(f"{s.label}: {engine.notice}")
     failures = json.loads((s.folder / FAILURES).read_text()) if (s.folder / FAILURES).is_file() else {}
@@ -85,14 +117,13 @@ def ask(
 
 
 def _in_chunks(
-    engine: local.Local | api.Api, prompts: Sequence[Prompt], strategy: Plugin, s: Settings, *, keep_parts: bool = False
+    engine: local.Local | api.Api, prompts: Sequence[Prompt], rule: Rule, s: Settings, *, keep_parts: bool = False
 ) -> dict[str, Any]:
     """All drafts in `drafts.jsonl`; a chunk's file holds what is finished of it, in the order of the prompts."""
     engine.check(prompts)
-    rule = partial(strategy.module.generate, cfg=strategy.cfg)
     size = s.options.chunk_prompts
     chunks = [prompts[first : first + size] for first in range(0, len(prompts), size)]
-    total = len(prompts) * strategy.cfg.turns  # type: ignore[attr-defined]
+    total = len(prompts) * rule.drafts
     merged = (s.folder / "drafts.jsonl").is_file()  # killed between the merge and the manifest
     failures: dict[str, str] = {}
     with progress.track(s.label, total, "drafts") as bar:
@@ -107,7 +138,7 @@ def _in_chunks(
             def seen(draft: Draft) -> None:
                 bar.advance(1)
 
-            attempts = engine.run(missing, rule, seen)
+            attempts = engine.run(missing, rule.generate, seen)
             events.sample(s.label, attempts)
             for attempt in attempts:
                 done[attempt.prompt.id] = json.dumps(to_json(attempt), separators=(",", ":"))
@@ -143,7 +174,7 @@ def _merge(folder: Path) -> dict[str, int]:
 def train(
     loaded: load.Loaded,
     reference: load.Loaded | None,
-    pairs: Sequence[Pair],
+    examples: Sequence[Example],
     how: Any,
     s: Settings,
 ) -> dict[str, Any]:
@@ -152,7 +183,7 @@ def train(
     job = training.Job(
         objective=how.objective.module,
         objective_cfg=how.objective.cfg,
-        pairs=pairs,
+        examples=examples,
         chat=talk,
         cfg=how.train,
         seed=s.seed,
@@ -168,7 +199,7 @@ def train(
             events.emit("train", label=s.label, **entry)
 
         outcome = training.run(loaded.model, job, log, reference.model if reference else None)
-    load.save(loaded, s.folder / "model", card.stage(s.label, how.objective.dump(), len(pairs)))
+    load.save(loaded, s.folder / "model", card.stage(s.label, how.objective.dump(), len(examples)))
     for name in training.CHECKPOINTS:
         shutil.rmtree(s.folder / name, ignore_errors=True)
     return {

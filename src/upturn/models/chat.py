@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from upturn.errors import ModelError
-from upturn.types import Draft
+from upturn.types import Draft, requests
 
 Layout = Literal["auto", "conversation", "quoted"]
 VERSION = 1
@@ -45,17 +45,23 @@ class Chat:
     notice: str = ""
     """Why `auto` fell back to quoting; empty otherwise."""
 
-    def context(self, question: str, shown: Sequence[Draft]) -> tuple[int, ...]:
-        """Token ids that stand before the next answer."""
+    def context(self, question: str, shown: Sequence[Draft], request: str = "") -> tuple[int, ...]:
+        """Token ids that stand before the next draft; `request` is what leads to it, empty for the task's own."""
         if not shown:
             return self._render([{"role": "user", "content": question}])
         if self.layout == "quoted":
-            return self._render([{"role": "user", "content": self._quote(question, shown)}])
+            return self._render([{"role": "user", "content": self._quote(question, shown, request)}])
         ids = self._render([{"role": "user", "content": question}])
-        for draft in shown:
+        for draft, said in zip(shown, requests(shown, request), strict=True):
             ids += draft.token_ids if draft.complete else (*draft.token_ids, self.closing_id)
-            ids += self.bridge_ids
+            ids += self._bridge_to(said) if said else self.bridge_ids
         return ids
+
+    def _bridge_to(self, request: str) -> tuple[int, ...]:
+        """Ids between a draft's end token and the next draft, for a request of the strategy's own."""
+        bridge, _ = _bridge(self.tokenizer, set(self.end_ids), request)
+        assert bridge is not None, "the template preserved prefixes with the task's request"
+        return bridge[1:]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of an answer without special tokens and outer white space."""
@@ -64,10 +70,11 @@ class Chat:
     def _render(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
         return tuple(self.tokenizer(_text(self.tokenizer, messages), add_special_tokens=False)["input_ids"])
 
-    def _quote(self, question: str, shown: Sequence[Draft]) -> str:
-        answers = "".join(f"ANSWER{_number(i, shown)}\n{d.text}\n\n" for i, d in enumerate(shown))
-        plural = "S" if len(shown) > 1 else ""
-        return QUOTED.format(question=question, answers=answers, request=self.request, plural=plural)
+    def _quote(self, question: str, shown: Sequence[Draft], request: str) -> str:
+        answers = [draft for draft in shown if draft.kind == "answer"]
+        quoted = "".join(f"{_title(draft, answers)}\n{draft.text}\n\n" for draft in shown)
+        plural = "S" if len(answers) > 1 else ""
+        return QUOTED.format(question=question, answers=quoted, request=request or self.request, plural=plural)
 
 
 def load(tokenizer: Any, model_end_ids: Sequence[int], request: str, layout: Layout = "auto") -> Chat:
@@ -116,5 +123,7 @@ def _text(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def _number(index: int, shown: Sequence[Draft]) -> str:
-    return f" {index + 1}" if len(shown) > 1 else ""
+def _title(draft: Draft, answers: Sequence[Draft]) -> str:
+    if draft.kind == "critique":
+        return "CRITIQUE"
+    return f"ANSWER {answers.index(draft) + 1}" if len(answers) > 1 else "ANSWER"

@@ -6,7 +6,8 @@ A pair (chosen, rejected) gives samples in three contexts:
     improve    x, rejected  the draft shown is the worse one: improve it, do not repeat it
     keep       x, chosen    the draft shown is the better one: keep it, do not degrade it
 
-An objective names the (context, answer) rows it needs; only those are computed.
+An objective on pairs names the (context, answer) rows it needs; only those are computed. An objective on groups needs
+no rows: it reads every draft in the context in which it was sampled, with the number that a selection rule gave it.
 """
 
 from __future__ import annotations
@@ -27,18 +28,28 @@ SIDES: tuple[Side, ...] = ("chosen", "rejected")
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The samples of some pairs. Axes: `N` target tokens, `S` samples, `P` pairs."""
+    """The samples of some pairs, or of some groups. Axes: `N` target tokens, `S` samples, `P` pairs."""
 
     owner_N: Tensor
     """Sample of each target token."""
     num_tokens_S: Tensor
     """Target tokens of each sample."""
     rows: dict[Row, Tensor]
-    """Sample of each pair in a role, `[P]`."""
+    """Sample of each pair in a role, `[P]`; empty for groups."""
     p_P: Tensor
     """Probability that chosen is better; 1 is a hard label."""
     reference_S: Tensor | None = None
     """Summed log-prob of each sample under the reference."""
+    reference_N: Tensor | None = None
+    """The same for each target token."""
+    old_N: Tensor | None = None
+    """Log-prob of each target token under the model as it was before this training, which sampled the drafts."""
+    value_S: Tensor | None = None
+    """The number that a selection rule gave each draft of a group."""
+    turn_S: Tensor | None = None
+    """Turn of each draft of a group, from 1."""
+    group_S: Tensor | None = None
+    """Group of each draft, from 0."""
 
     @property
     def num_pairs(self) -> int:
@@ -57,14 +68,14 @@ class Loss:
 
 
 class Objective(Protocol):
-    """An objective file holds `Config` and these functions."""
+    """An objective file holds `Config` and these functions; one that reads `batch.old_N` sets `USES_OLD = True`."""
 
-    def needs(self, cfg: object) -> frozenset[Row]:
-        """Rows that must be in the batch."""
+    def needs(self, cfg: object) -> frozenset[Row] | None:
+        """Rows of pairs that must be in the batch; None where it learns from groups."""
         ...
 
     def uses_reference(self, cfg: object) -> bool:
-        """Whether `batch.reference_S` must be there."""
+        """Whether `batch.reference_S` and `batch.reference_N` must be there."""
         ...
 
     def loss(self, logprobs_N: Tensor, batch: Batch, cfg: object) -> Loss:
@@ -82,6 +93,13 @@ def gains(logprobs_N: Tensor, batch: Batch) -> Tensor:
 def margin(values_S: Tensor, batch: Batch, context: Context) -> Tensor:
     """`value(chosen) - value(rejected)` in one context, `[P]`."""
     return values_S[_row(batch, context, "chosen")] - values_S[_row(batch, context, "rejected")]
+
+
+def values(batch: Batch) -> Tensor:
+    """The number of each draft of a group, `[S]`."""
+    if batch.value_S is None:
+        raise ValueError("this objective learns from groups of drafts, and the batch holds pairs")
+    return batch.value_S
 
 
 def _row(batch: Batch, context: Context, side: Side) -> Tensor:

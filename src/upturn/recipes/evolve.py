@@ -15,7 +15,7 @@ from pydantic import Field
 from upturn._model import Strict
 from upturn.config import Scorer, Selector, Strategy, Task
 from upturn.engines.sampling import Config as Sampling
-from upturn.lab.lab import Lab, Measure, Model, Options, Pairs, Track, Training
+from upturn.lab.lab import Examples, Lab, Measure, Model, Options, Track, Training
 
 
 class Collect(Strict):
@@ -63,7 +63,7 @@ def run(cfg: Config, lab: Lab) -> None:
     """Measure, activate, then K times: collect, prefer, measure."""
     used = 0
 
-    def pairs_from(model: Model, how: Collect, label: str) -> Pairs:
+    def pairs_from(model: Model, how: Collect, label: str) -> Examples:
         nonlocal used
         prompts = lab.prompts("train", used, how.prompts)
         used += len(prompts)

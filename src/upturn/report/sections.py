@@ -211,12 +211,14 @@ def training(study: Study, losses: Losses) -> Section | None:
     if not study.training:
         return None
     pairs = sum(row.pairs for row in study.training)
-    precise = sorted({percent(row.label_precision) for row in study.training}, key=lambda text: float(text[:-1]))
-    lead = (
-        f"{pairs:,} pairs in all. A pair is precise when its chosen draft is right and its rejected one wrong, by the"
-        f" verifier: {' to '.join(dict.fromkeys((precise[0], precise[-1])))} of them are. Where the chosen draft is the"
-        " earlier one, the chain had made the answer worse."
-    )
+    precise = sorted(row.label_precision for row in study.training if row.label_precision is not None)
+    lead = f"{pairs:,} pairs, or groups of drafts of one prompt, in all."
+    if precise:
+        span = " to ".join(dict.fromkeys(percent(value) for value in (precise[0], precise[-1])))
+        lead += (
+            " A pair is precise when its chosen draft is right and its rejected one wrong, by the verifier:"
+            f" {span} of them are. Where the chosen draft is the earlier one, the chain had made the answer worse."
+        )
     return Section(
         "pairs",
         "Pairs and training",

@@ -1,13 +1,13 @@
-"""What every selection rule gives: pairs, and an account of everything that made none."""
+"""What every selection rule gives: examples to learn from, and an account of everything that made none."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from upturn.types import Attempt, Draft, Pair, Prompt
+from upturn.types import Attempt, Draft, Example, Pair, Prompt
 
 Key = Callable[[Prompt, str], str]
 """Prompt and answer -> the canonical final answer, as in `Task.vote_key`."""
@@ -19,15 +19,20 @@ class Selection:
 
     A selection file holds `Config` (a strict, frozen pydantic model) and
     `select(attempts, cfg, key=text) -> Selection`. Each attempt offers a rule a fixed number of slots (1, or
-    `pairs_per_prompt`). Each slot becomes a pair or is counted in `dropped`, so that
-    `len(pairs) + sum(dropped.values()) == len(attempts) * slots`.
+    `pairs_per_prompt`). Each slot becomes an example, which is a pair or a group of drafts, or is counted in `dropped`,
+    so that `len(examples) + sum(dropped.values()) == len(attempts) * slots`.
     """
 
-    pairs: list[Pair]
+    examples: Sequence[Example]
     dropped: dict[str, int]
-    """Reason -> slots without a pair."""
+    """Reason -> slots without an example."""
     set_aside: dict[str, int]
     """Reason -> drafts that could not be chosen: 'cut' (not complete), 'no score' (NaN)."""
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The examples that are pairs."""
+        return [example for example in self.examples if isinstance(example, Pair)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +59,11 @@ def label_precision(pairs: list[Pair]) -> Quality:
     return Quality(true / len(pairs), earlier / len(pairs))
 
 
-def collect(attempts: list[Attempt], choose: Callable[[Attempt], list[Pair] | str], slots: int = 1) -> Selection:
-    """Apply a rule to each attempt: it gives 1 to `slots` pairs, or the reason why there is none."""
-    pairs: list[Pair] = []
+def collect(
+    attempts: list[Attempt], choose: Callable[[Attempt], Sequence[Example] | str], slots: int = 1
+) -> Selection:
+    """Apply a rule to each attempt: it gives 1 to `slots` examples, or the reason why there is none."""
+    examples: list[Example] = []
     dropped: Counter[str] = Counter()
     set_aside: Counter[str] = Counter()
     for attempt in attempts:
@@ -64,11 +71,11 @@ def collect(attempts: list[Attempt], choose: Callable[[Attempt], list[Pair] | st
         if isinstance(chosen, str):
             dropped[chosen] += slots
         else:
-            pairs += chosen
+            examples += chosen
             dropped["no further draft"] += slots - len(chosen)
         set_aside["cut"] += sum(not draft.complete for draft in attempt.drafts)
         set_aside["no score"] += sum(math.isnan(score.value) for score in attempt.scores)
-    return Selection(pairs, dict(+dropped), dict(+set_aside))
+    return Selection(examples, dict(+dropped), dict(+set_aside))
 
 
 def same(one: Draft, other: Draft) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from upturn.types import Draft, Prompt
+from upturn.types import Draft, Kind, Prompt
 
 
 class Sampler(Protocol):
@@ -15,8 +15,13 @@ class Sampler(Protocol):
     prompt) and `async generate(prompt, sample, cfg) -> list[Draft]`.
     """
 
-    async def __call__(self, prompt: Prompt, shown: Sequence[Draft]) -> Draft:
+    async def __call__(
+        self, prompt: Prompt, shown: Sequence[Draft], request: str = "", kind: Kind = "answer"
+    ) -> Draft:
         """A new draft, by a model that sees the prompt and these earlier drafts in this order.
+
+        `request` is what the user says behind the last of them; empty for the task's own request to refine. A critique
+        belongs to the turn of the answer that it is about.
 
         The draft's `index` counts the calls, its `parents` are the indices of the drafts shown, its `turn` is
         one more than the highest turn shown (1 where none is). Calls that wait together make one batch.

@@ -1,4 +1,4 @@
-"""Which pairs go into which optimizer step and micro-batch: fixed before training, so a resumed run takes the same."""
+"""Which examples go into which step and micro-batch: fixed before training, so a resumed run takes the same."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Config(Strict):
 
     learning_rate: float = Field(default=1e-5, gt=0)
     num_train_epochs: float = Field(default=1.0, gt=0)
-    """Passes over the pairs; a part of a pass is allowed."""
+    """Passes over the examples; a part of a pass is allowed."""
     train_batch_size: int = Field(default=32, ge=1)
-    """Pairs per optimizer step, over all micro-batches."""
+    """Examples (pairs, or groups of drafts) per optimizer step, over all micro-batches."""
     max_tree_tokens: int = Field(default=4096, ge=1)
     """Tokens of one micro-batch after folding. One prompt's tree is never cut."""
     lr_scheduler_type: str = Field(default="cosine", pattern="^(constant|linear|cosine)$")
@@ -41,14 +41,14 @@ class Config(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One optimizer step: micro-batches of pair numbers."""
+    """One optimizer step: micro-batches of numbers of examples."""
 
     micro_batches: tuple[tuple[int, ...], ...]
     epoch: int
 
 
 def steps(sizes: Sequence[int], cfg: Config, seed: int) -> list[Step]:
-    """The whole training as steps. `sizes` are tree tokens per pair; a batch at the end of an epoch may be smaller."""
+    """The whole training as steps. `sizes` are tree tokens per example; an epoch's last batch may be smaller."""
     per_epoch = -(-len(sizes) // cfg.train_batch_size)
     total = max(1, round(per_epoch * cfg.num_train_epochs))
     total = min(total, cfg.max_steps or total)
@@ -65,15 +65,15 @@ def steps(sizes: Sequence[int], cfg: Config, seed: int) -> list[Step]:
 
 
 def _micro_batches(chosen: list[int], sizes: Sequence[int], budget: int) -> tuple[tuple[int, ...], ...]:
-    """Pairs sorted by size and cut by the token budget: trees of one micro-batch are alike."""
+    """Examples sorted by size and cut by the token budget: trees of one micro-batch are alike."""
     batches: list[list[int]] = []
     room = 0
-    for pair in sorted(chosen, key=lambda p: (-sizes[p], p)):
-        if not batches or sizes[pair] > room:
+    for example in sorted(chosen, key=lambda e: (-sizes[e], e)):
+        if not batches or sizes[example] > room:
             batches.append([])
             room = budget
-        batches[-1].append(pair)
-        room -= sizes[pair]
+        batches[-1].append(example)
+        room -= sizes[example]
     return tuple(tuple(batch) for batch in batches)
 
 

@@ -1,38 +1,60 @@
-"""Pairs -> samples -> one packed batch: which rows an objective needs, and where each stands."""
+"""Pairs or groups -> samples -> one packed batch: which samples an objective reads, and where each stands."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from upturn import trees
 from upturn.models.chat import Chat
+from upturn.numerics import sum_by_sample
 from upturn.objectives._base import CONTEXTS, SIDES, Batch, Row
-from upturn.types import Pair, Sample
+from upturn.types import Example, Group, Pair, Sample
 
 Rows = tuple[Row, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """The samples of some pairs as one token tree, with what an objective reads."""
+    """The samples of some examples as one token tree, with what an objective reads."""
 
     tree: trees.TokenTree
     batch: Batch
 
 
-def order(needs: frozenset[Row]) -> Rows:
-    """The needed rows in one fixed order."""
-    return tuple((context, side) for context in CONTEXTS for side in SIDES if (context, side) in needs)
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """Log-probs of some examples' target tokens under models that do not learn, `[N]` each, in the packed order."""
+
+    reference_N: Tensor | None = None
+    old_N: Tensor | None = None
 
 
-def samples_of(pair: Pair, rows: Rows, chat: Chat) -> list[Sample]:
-    """The samples of one pair. Targets are the sampled ids; only the last answer is a target."""
-    shown = {"direct": (), "improve": (pair.rejected,), "keep": (pair.chosen,)}
-    contexts = {c: chat.context(pair.prompt.text, shown[c]) for c in {context for context, _ in rows}}
-    return [Sample(contexts[context], getattr(pair, side).token_ids) for context, side in rows]
+def order(needs: frozenset[Row] | None) -> Rows:
+    """The needed rows in one fixed order; none for groups."""
+    return tuple((context, side) for context in CONTEXTS for side in SIDES if (context, side) in (needs or ()))
+
+
+def samples_of(example: Example, rows: Rows, chat: Chat) -> list[Sample]:
+    """The samples of one example. Targets are the sampled ids; only the last answer is a target."""
+    if isinstance(example, Group):
+        return _drafts(example, chat)
+    shown = {"direct": (), "improve": (example.rejected,), "keep": (example.chosen,)}
+    contexts = {c: chat.context(example.prompt.text, shown[c]) for c in {context for context, _ in rows}}
+    return [Sample(contexts[context], getattr(example, side).token_ids) for context, side in rows]
+
+
+def _drafts(group: Group, chat: Chat) -> list[Sample]:
+    """Each draft that has a value, in its own context."""
+    by_index = {draft.index: draft for draft in group.attempt.drafts}
+    return [
+        Sample(chat.context(group.attempt.prompt.text, [by_index[i] for i in draft.parents]), draft.token_ids)
+        for draft, value in zip(group.attempt.drafts, group.values, strict=True)
+        if value is not None
+    ]
 
 
 def tree_size(samples: Sequence[Sample]) -> int:
@@ -40,38 +62,58 @@ def tree_size(samples: Sequence[Sample]) -> int:
     return len(trees.build(samples).ids_T)
 
 
+def num_targets(samples: Sequence[Sample]) -> int:
+    """Target tokens of the samples."""
+    return sum(len(sample.target) for sample in samples)
+
+
 def pack(
     groups: Sequence[Sequence[Sample]],
     rows: Rows,
-    p: Sequence[float],
-    reference: Sequence[Sequence[float]] | None,
+    examples: Sequence[Example],
+    cached: Cached = Cached(),
     *,
     share: bool = True,
 ) -> Packed:
-    """One batch of several pairs, each given as its samples in the order of `rows`."""
+    """One batch of several examples, each given as its samples: in the order of `rows`, or of its drafts."""
     flat = [sample for group in groups for sample in group]
     tree = trees.build(flat, share=share)
-    first = torch.arange(len(groups)) * len(rows)
+    reference_N = cached.reference_N
     batch = Batch(
         owner_N=tree.owner_N,
         num_tokens_S=torch.tensor([len(sample.target) for sample in flat]),
-        rows={row: first + place for place, row in enumerate(rows)},
-        p_P=torch.tensor(p, dtype=torch.float32),
-        reference_S=None if reference is None else torch.tensor([v for r in reference for v in r]),
+        rows={row: torch.arange(len(groups)) * len(rows) + place for place, row in enumerate(rows)},
+        p_P=torch.tensor([e.p for e in examples if isinstance(e, Pair)], dtype=torch.float32),
+        reference_N=reference_N,
+        reference_S=None if reference_N is None else sum_by_sample(reference_N, tree.owner_N, len(flat)),
+        old_N=cached.old_N,
     )
-    return Packed(tree, batch)
+    return Packed(tree, batch if rows else _with_values(batch, [e for e in examples if isinstance(e, Group)]))
+
+
+def _with_values(batch: Batch, groups: Sequence[Group]) -> Batch:
+    """What is known of each draft of the groups."""
+    known = [
+        (value, draft.turn, place)
+        for place, group in enumerate(groups)
+        for draft, value in zip(group.attempt.drafts, group.values, strict=True)
+        if value is not None
+    ]
+    value, turn, group = zip(*known, strict=True)
+    return replace(
+        batch,
+        value_S=torch.tensor(value, dtype=torch.float32),
+        turn_S=torch.tensor(turn),
+        group_S=torch.tensor(group),
+    )
 
 
 def to_device(packed: Packed, device: torch.device) -> Packed:
     """The same batch on another device."""
     if device.type == "cpu":
         return packed
-    old = packed.batch
-    batch = Batch(
-        owner_N=old.owner_N.to(device),
-        num_tokens_S=old.num_tokens_S.to(device),
-        rows={row: where.to(device) for row, where in old.rows.items()},
-        p_P=old.p_P.to(device),
-        reference_S=None if old.reference_S is None else old.reference_S.to(device),
-    )
-    return Packed(packed.tree.to(device), batch)
+    batch = packed.batch
+    names = ("owner_N", "num_tokens_S", "p_P", "reference_S", "reference_N", "old_N", "value_S", "turn_S", "group_S")
+    moved = {name: value.to(device) for name in names if (value := getattr(batch, name)) is not None}
+    rows = {row: where.to(device) for row, where in batch.rows.items()}
+    return Packed(packed.tree.to(device), replace(batch, rows=rows, **moved))

@@ -1,4 +1,4 @@
-"""Training on pairs: reference log-probs once, then optimizer steps over packed token trees, resumable anywhere."""
+"""Training: reference log-probs once, then optimizer steps over packed token trees, resumable anywhere."""
 
 from __future__ import annotations
 
@@ -8,24 +8,22 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from upturn.errors import DataError, RunError
 from upturn.models import policy
 from upturn.models.chat import Chat
-from upturn.numerics import sum_by_sample
-from upturn.objectives._base import Loss
+from upturn.objectives._base import Batch, Loss
 from upturn.tracking import progress
-from upturn.training import plan, rows
+from upturn.training import frozen, plan, rows
 from upturn.training.optimizer import MasterAdamW
-from upturn.types import Pair, Sample
+from upturn.types import Example, Group, Pair, Prompt, Sample
 
 Log = Callable[[dict[str, Any]], None]
 CHECKPOINTS = ("checkpoint", "checkpoint.part", "checkpoint.old")
@@ -38,7 +36,7 @@ class Job:
 
     objective: ModuleType
     objective_cfg: Any
-    pairs: Sequence[Pair]
+    examples: Sequence[Example]
     chat: Chat
     cfg: plan.Config
     seed: int
@@ -67,66 +65,71 @@ def run(model: nn.Module, job: Job, log: Log, reference: nn.Module | None = None
 
     reference   the model whose log-probs the objective counts from; None means `model` as it is before training.
                 Then every preference margin must be exactly 0 at step 0, or the training refuses to go on.
-    Raises RunError on a loss that is not finite, with a saved repro, and DataError when a pair does not fit.
+    Raises RunError on a loss that is not finite, with a saved repro, and DataError when an example does not fit.
     """
     model.eval()  # dropout would make policy and reference differ at step 0
-    groups, order = _samples(model, job)
-    steps = plan.steps([rows.tree_size(group) for group in groups], job.cfg, job.seed)
-    uses_reference = job.objective.uses_reference(job.objective_cfg)
-    values = _reference(reference or model, job, groups, order, steps) if uses_reference else None
-    trainer = _Trainer(model, job, groups, order, steps, values, must_start_at_zero=reference is None)
+    data = _samples(model, job)
+    steps = plan.steps([rows.tree_size(group) for group in data.groups], job.cfg, job.seed)
+    sizes = [rows.num_targets(group) for group in data.groups]
+    found: dict[str, list[Tensor]] = {}
+    still = _frozen_models(model, reference, job)
+    for name, other in still.items():
+        twin = next((earlier for earlier in found if still[earlier] is other), None)
+        path = job.folder / f"{name}.safetensors"
+        label = f"{job.label}: {name}"
+        found[name] = found[twin] if twin else frozen.logps(other, path, sizes, steps, data.pack, label)
+    trainer = _Trainer(model, job, replace(data, cached=found), steps, started_here=reference is None)
     return trainer.run(log)
 
 
-def _samples(model: nn.Module, job: Job) -> tuple[list[list[Sample]], rows.Rows]:
-    order = rows.order(job.objective.needs(job.objective_cfg))
-    groups = [rows.samples_of(pair, order, job.chat) for pair in job.pairs]
+def _frozen_models(model: nn.Module, reference: nn.Module | None, job: Job) -> dict[str, nn.Module]:
+    """The models whose log-probs the objective reads, by name; `old` is the model before training."""
+    uses_old = getattr(job.objective, "USES_OLD", False)
+    models = {"reference": reference or model} if job.objective.uses_reference(job.objective_cfg) else {}
+    return models | ({"old": model} if uses_old else {})
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """The examples as samples, and what is cached of them."""
+
+    examples: Sequence[Example]
+    groups: list[list[Sample]]
+    order: rows.Rows
+    cached: dict[str, list[Tensor]]
+
+    def pack(self, chosen: Sequence[int]) -> rows.Packed:
+        """One batch of some examples."""
+        parts = {f"{name}_N": torch.cat([values[e] for e in chosen]) for name, values in self.cached.items()}
+        groups, examples = [self.groups[e] for e in chosen], [self.examples[e] for e in chosen]
+        return rows.pack(groups, self.order, examples, rows.Cached(**parts))
+
+
+def _samples(model: nn.Module, job: Job) -> _Data:
+    needs = job.objective.needs(job.objective_cfg)
+    wanted, kind = (Group, "groups of drafts") if needs is None else (Pair, "pairs")
+    if not all(isinstance(example, wanted) for example in job.examples):
+        raise DataError(
+            f"{job.label}: objective {job.objective.__name__.rpartition('.')[2]}",
+            f"It learns from {kind}, and the selection gave something else.",
+            "Choose a selection that gives what this objective needs (see docs/adding.md).",
+        )
+    order = rows.order(needs)
+    groups = [rows.samples_of(example, order, job.chat) for example in job.examples]
     longest = int(model.config.get_text_config().max_position_embeddings)  # type: ignore[operator,union-attr]
-    for pair, group in zip(job.pairs, groups, strict=True):
+    for example, group in zip(job.examples, groups, strict=True):
         size = max(len(sample.context) + len(sample.target) for sample in group)
         if size > longest:
             raise DataError(
-                f"{job.label}: prompt {pair.prompt.id}",
+                f"{job.label}: prompt {_prompt(example).id}",
                 f"A training sample has {size} tokens, and the model takes {longest}.",
                 "Drop the prompt, shorten max_new_tokens, or use a model with a longer context.",
             )
-    return groups, order
+    return _Data(job.examples, groups, order, {})
 
 
-def _pack(job: Job, groups: list[list[Sample]], order: rows.Rows, pairs: Sequence[int], values: Any) -> rows.Packed:
-    return rows.pack(
-        [groups[pair] for pair in pairs],
-        order,
-        [job.pairs[pair].p for pair in pairs],
-        None if values is None else [values[pair].tolist() for pair in pairs],
-    )
-
-
-def _reference(
-    model: nn.Module, job: Job, groups: list[list[Sample]], order: rows.Rows, steps: list[plan.Step]
-) -> torch.Tensor:
-    """Summed reference log-probs `[pair, row]`, in the very batches of the first pass over the pairs.
-
-    The same layout, dtype and chunks as in training make the margins at step 0 exactly 0, not nearly.
-    """
-    path = job.folder / "reference.safetensors"
-    if path.is_file():
-        return load_file(path)["values"]
-    device = next(model.parameters()).device
-    values = torch.full((len(groups), len(order)), torch.nan)
-    batches = [batch for step in steps if step.epoch == 0 for batch in step.micro_batches]
-    model.eval()
-    with torch.no_grad(), progress.track(f"{job.label}: reference", len(groups), "pairs") as bar:
-        for batch in batches:
-            packed = rows.to_device(_pack(job, groups, order, batch, None), device)
-            logprobs_N = policy.tree_logprobs(model, packed.tree)
-            sums_S = sum_by_sample(logprobs_N, packed.batch.owner_N, packed.tree.num_samples)
-            values[list(batch)] = sums_S.reshape(len(batch), len(order)).cpu()
-            bar.advance(len(batch))
-    scratch = path.with_suffix(".part")
-    save_file({"values": values}, scratch)
-    os.replace(scratch, path)
-    return values
+def _prompt(example: Example) -> Prompt:
+    return example.attempt.prompt if isinstance(example, Group) else example.prompt
 
 
 class _Trainer:
@@ -134,15 +137,14 @@ class _Trainer:
         self,
         model: nn.Module,
         job: Job,
-        groups: list[list[Sample]],
-        order: rows.Rows,
+        data: _Data,
         steps: list[plan.Step],
-        values: torch.Tensor | None,
         *,
-        must_start_at_zero: bool,
+        started_here: bool,
     ) -> None:
-        self.model, self.job, self.groups, self.order = model, job, groups, order
-        self.steps, self.values, self.must_start_at_zero = steps, values, must_start_at_zero
+        self.model, self.job, self.data, self.steps = model, job, data, steps
+        self.still = [name for name in data.cached if started_here or name == "old"]
+        """Cached log-probs that the first step must repeat to the last bit."""
         self.device = next(model.parameters()).device
         self.history: list[dict[str, float]] = []
         self.optimizer = MasterAdamW(model, job.cfg)
@@ -170,15 +172,15 @@ class _Trainer:
         step = self.steps[number]
         total, weight, tree_tokens, row_tokens = 0.0, 0.0, 0, 0
         sums: dict[str, float] = {}
-        for pairs in step.micro_batches:
-            packed = rows.to_device(_pack(self.job, self.groups, self.order, pairs, self.values), self.device)
+        for examples in step.micro_batches:
+            packed = rows.to_device(self.data.pack(examples), self.device)
             logprobs_N = policy.tree_logprobs(self.model, packed.tree)
-            if number == 0 and self.must_start_at_zero and self.values is not None:
-                self._assert_at_reference(logprobs_N.detach(), packed)
+            if number == 0:
+                self._assert_still(logprobs_N.detach(), packed.batch)
             loss: Loss = self.job.objective.loss(logprobs_N, packed.batch, self.job.objective_cfg)
             value = float(loss.total.detach())
             if not math.isfinite(value):
-                raise self._not_finite(number, pairs, value)
+                raise self._not_finite(number, examples, value)
             loss.total.backward()
             self.optimizer.collect()
             total, weight = total + value, weight + loss.weight
@@ -195,26 +197,25 @@ class _Trainer:
         seconds = time.monotonic() - began
         return entry | {"num_tokens": tree_tokens, "num_row_tokens": row_tokens, "seconds": round(seconds, 3)}
 
-    def _assert_at_reference(self, logprobs_N: torch.Tensor, packed: rows.Packed) -> None:
-        """At step 0 the policy is the reference, so every gain must be 0 to the last bit."""
-        sums_S = sum_by_sample(logprobs_N, packed.batch.owner_N, packed.tree.num_samples)
-        assert packed.batch.reference_S is not None
-        worst = float((sums_S - packed.batch.reference_S).abs().max())
-        if worst != 0:
-            raise RunError(
-                f"training {self.job.label}, step 0",
-                f"The policy differs from its own reference by {worst:.3g} nats, so preference margins are not 0.",
-                "The cached reference belongs to other weights or another layout: remove the step's folder and rerun.",
-            )
+    def _assert_still(self, logprobs_N: Tensor, batch: Batch) -> None:
+        """At step 0 the policy is its own reference, so every gain must be 0 to the last bit."""
+        for name in self.still:
+            worst = float((logprobs_N - getattr(batch, f"{name}_N")).abs().max())
+            if worst != 0:
+                raise RunError(
+                    f"training {self.job.label}, step 0",
+                    f"The policy differs from its own {name} by {worst:.3g} nats, so preference margins are not 0.",
+                    "The cached values belong to other weights or another layout: remove the step's folder and rerun.",
+                )
 
-    def _not_finite(self, number: int, pairs: Sequence[int], value: float) -> RunError:
+    def _not_finite(self, number: int, examples: Sequence[int], value: float) -> RunError:
         path = self.job.folder / f"repro-step-{number + 1}.json"
         record = {
             "step": number + 1,
             "value": str(value),
-            "pairs": list(pairs),
-            "prompts": [self.job.pairs[pair].prompt.id for pair in pairs],
-            "samples": [[[list(s.context), list(s.target)] for s in self.groups[pair]] for pair in pairs],
+            "examples": list(examples),
+            "prompts": [_prompt(self.job.examples[e]).id for e in examples],
+            "samples": [[[list(s.context), list(s.target)] for s in self.data.groups[e]] for e in examples],
         }
         path.write_text(json.dumps(record))
         return RunError(

@@ -1,0 +1,130 @@
+"""Speculation from the drafts shown: which tokens a refinement probably writes next, and how many are worth a try.
+
+A refinement copies much of the draft that it was shown, so that draft's next tokens are a free guess at its own. The
+place to copy from is followed by alignment, and found again after a miss by the longest suffix of the output
+(SuffixDecoding, arXiv:2411.04975, looks for suffixes in a tree of all texts; a draft is short enough for a scan).
+Everything here is a pure function of token ids and counts.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+BREAK = -1
+"""Ends each draft in the source; no token has this id."""
+LONGEST = 6
+"""Tokens of the output's end that are compared."""
+NEAR = 24
+"""A single equal token counts only within so many places of the pointer."""
+START = -1
+"""`matched` before the first token."""
+SURE = 3
+"""So many equal tokens are as good as more of them."""
+HOPE = 0.8
+"""Chance that a proposed token is accepted, before anything is known: high, so that it is tried."""
+WEIGHT = 8
+"""How many judged tokens the hope is worth."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """Where in the drafts shown the output seems to be."""
+
+    source: tuple[int, ...] = ()
+    """The drafts, oldest first, each closed by `BREAK`. End tokens are left out: the token behind the last proposed
+    one is sampled anyway."""
+    place: int = 0
+    """`source[place]` is expected next."""
+    matched: int = START
+    """Tokens before `place` that equal the output's last ones; 0 where a token is thought to be replaced."""
+
+    def proposal(self, count: int) -> tuple[int, ...]:
+        """At most `count` tokens that may come next, none from beyond the draft."""
+        ahead = self.source[self.place : self.place + count]
+        return ahead[: ahead.index(BREAK)] if BREAK in ahead else ahead
+
+    def follow(self, output: Sequence[int]) -> Pointer:
+        """The pointer after the output grew by its last token.
+
+        The expected token moves it on. After another one it goes where the longest end of the output stands in the
+        source, of equally long ones to the nearest; where none does, the new token is taken for a replacement.
+        """
+        if not self.source:
+            return self
+        expected = self.source[self.place]  # the last place is a BREAK, so the pointer never leaves the source
+        if expected == output[-1]:
+            return replace(self, place=self.place + 1, matched=max(self.matched, 0) + 1)
+        ends = [end for end, token in enumerate(self.source, 1) if token == output[-1]]
+        ranked = ((_agreement(self.source, end, output), -abs(end - self.place), end) for end in ends)
+        found = [key for key in ranked if key[0] > 1 or -key[1] <= NEAR]
+        if found:
+            matched, _, end = max(found)
+            return replace(self, place=end, matched=matched)
+        return replace(self, place=self.place + (expected != BREAK), matched=0)
+
+
+def begin(drafts: Sequence[Sequence[int]], end_ids: Collection[int]) -> Pointer:
+    """The pointer of a new output: at the start of the last draft shown."""
+    bodies = [tuple(token for token in draft if token not in end_ids) for draft in drafts]
+    source = tuple(token for body in bodies for token in (*body, BREAK))
+    return Pointer(source, len(source) - len(bodies[-1]) - 1) if bodies else Pointer()
+
+
+def _agreement(source: Sequence[int], end: int, output: Sequence[int]) -> int:
+    """How many tokens before `end` equal the output's last ones, at most `LONGEST`."""
+    pairs = zip(reversed(source[max(0, end - LONGEST) : end]), reversed(output[-LONGEST:]), strict=False)
+    size = 0
+    for one, other in pairs:
+        if one != other:
+            break
+        size += 1
+    return size
+
+
+@dataclass(slots=True)
+class Tally:
+    """Proposed tokens so far: how many were judged, and how many of those were accepted."""
+
+    accepted: int = 0
+    judged: int = 0
+
+    def add(self, accepted: int, proposed: int) -> None:
+        """Count one proposal. What stands behind its first miss was not judged."""
+        self.accepted += accepted
+        self.judged += min(accepted + 1, proposed)
+
+    def chance(self, expected: float) -> float:
+        """Share accepted, begun at what is expected, with the weight of `WEIGHT` tokens."""
+        return (self.accepted + WEIGHT * expected) / (self.judged + WEIGHT)
+
+
+def allot(chances: Sequence[float], limits: Sequence[int], free: int, most: int) -> list[int]:
+    """How many tokens to propose for each row of a step, at most `limits` each and `most` in all.
+
+    With chance `p` per token, the first `k` proposals of a row bring `p + p^2 + ... + p^k` tokens, and a step of `B`
+    rows brings one token a row besides. A forward of `n` tokens costs as much as `free + n` tokens (measured:
+    benchmarks/verify_cost.py). So the step emits
+
+        (B + sum over rows of p + ... + p^k) / (free + B + sum over rows of k)
+
+    tokens per unit of cost. The k-th proposal of a row adds `p^k` above and 1 below, so it raises the quotient exactly
+    while `p^k` is greater than it. These gains only fall along a row: to take the best remaining one as long as it
+    pays gives the maximum. One row proposes much at little hope, a full batch only what is nearly certain.
+
+    Context that is computed in the same step is left out: it costs the same whatever is proposed.
+    """
+    counts = [0] * len(chances)
+    emitted, cost = float(len(chances)), float(free + len(chances))
+    gains = [(-p, row) for row, (p, limit) in enumerate(zip(chances, limits, strict=True)) if limit > 0]
+    heapq.heapify(gains)
+    while gains and sum(counts) < most and -gains[0][0] * cost > emitted:
+        gain, row = gains[0]
+        counts[row] += 1
+        emitted, cost = emitted - gain, cost + 1
+        if counts[row] < limits[row]:
+            heapq.heapreplace(gains, (gain * chances[row], row))
+        else:
+            heapq.heappop(gains)
+    return counts

@@ -1,0 +1,54 @@
+"""Log-probs under models that do not learn, computed once per training and cached beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from upturn.models import policy
+from upturn.tracking import progress
+from upturn.training import plan, rows
+
+Pack = Callable[[Sequence[int]], rows.Packed]
+"""Numbers of examples -> their packed batch."""
+
+
+def logps(
+    model: nn.Module, path: Path, num_targets: Sequence[int], steps: Sequence[plan.Step], pack: Pack, label: str
+) -> list[Tensor]:
+    """Log-probs of the target tokens of each example, in the very batches of the first pass over the examples.
+
+    The same layout, dtype and chunks as in training make the margins at step 0 exactly 0, not nearly. An example that
+    the steps never reach has NaN.
+    """
+    if not path.is_file():
+        _write(path, _compute(model, num_targets, steps, pack, label))
+    return list(load_file(path)["logps"].split(list(num_targets)))
+
+
+def _compute(
+    model: nn.Module, num_targets: Sequence[int], steps: Sequence[plan.Step], pack: Pack, label: str
+) -> Tensor:
+    ends = list(accumulate(num_targets))
+    values = torch.full((ends[-1],), torch.nan)
+    device = next(model.parameters()).device
+    model.eval()
+    with torch.no_grad(), progress.track(label, len(num_targets), "examples") as bar:
+        for batch in [batch for step in steps if step.epoch == 0 for batch in step.micro_batches]:
+            found_N = policy.tree_logprobs(model, rows.to_device(pack(batch), device).tree).cpu()
+            for example, part in zip(batch, found_N.split([num_targets[e] for e in batch]), strict=True):
+                values[ends[example] - num_targets[example] : ends[example]] = part
+            bar.advance(len(batch))
+    return values
+
+
+def _write(path: Path, values: Tensor) -> None:
+    scratch = path.with_suffix(".part")
+    save_file({"logps": values}, scratch)
+    os.replace(scratch, path)
