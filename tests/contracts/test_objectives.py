@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,91 +12,137 @@ import torch
 
 from upturn import registry
 from upturn.numerics import sum_by_sample
-from upturn.objectives import dpo, evolve, nll, refine
+from upturn.objectives import dpo, evolve, nll, refine, srpo
 from upturn.objectives._base import Batch, Row
 from upturn.training import rows
 
 NAMES = registry.names("objectives")
+VALUES = {"kto": (-1.0, 1.0), "sppo": (0.0, 0.25, 1.0), "policy_gradient": (-1.5, 0.0, 2.0)}
+"""What the drafts of a group may be worth; kto is without mismatched drafts, since its z0 is that of a micro-batch."""
+DRAFTS = 3
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in NAMES),
+    ("policy_gradient", {"kl": (0.2, 0.0), "loss_agg": "sequence_mean"}),
+    ("policy_gradient", {"clip": None, "kl": 0.3, "loss_agg": "sequence_sum", "use_bias_correction_kl": False}),
+    ("kto", {"desirable_weight": 1.5, "beta": 2.0}),
+]
+View = tuple[torch.Tensor, Batch]
 
 
-def batch_of(needs: frozenset[Row], pairs: int, seed: int = 0, reference: bool = True) -> tuple[torch.Tensor, Batch]:
+def view_of(name: str, cfg: Any, count: int) -> View:
+    """Random pairs, or groups of 3 drafts, as the objective reads them."""
+    needs = registry.find("objectives", name).needs(cfg)
+    return groups_of(count, VALUES.get(name, (0.5, 1.0))) if needs is None else batch_of(needs, count)
+
+
+def samples_per_example(batch: Batch) -> int:
+    return len(batch.rows) or DRAFTS
+
+
+def batch_of(needs: frozenset[Row], pairs: int) -> View:
     """Random log-probs of `pairs` pairs with answers of 1 to 4 tokens."""
-    generator = torch.Generator().manual_seed(seed)
     order = rows.order(needs)
-    lengths = torch.randint(1, 5, (pairs * len(order),), generator=generator)
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    logprobs = -torch.rand(len(owner), generator=generator, dtype=torch.float64)
     first = torch.arange(pairs) * len(order)
-    batch = Batch(
-        owner_N=owner,
-        num_tokens_S=lengths,
-        rows={row: first + place for place, row in enumerate(order)},
-        p_P=torch.ones(pairs, dtype=torch.float64),
-        reference_S=-torch.rand(len(lengths), generator=generator, dtype=torch.float64) if reference else None,
-    )
-    return logprobs, batch
+    logprobs, batch = random_samples(pairs * len(order))
+    where = {row: first + place for place, row in enumerate(order)}
+    return logprobs, replace(batch, rows=where, p_P=torch.ones(pairs, dtype=torch.float64))
 
 
-def part_of(logprobs: torch.Tensor, batch: Batch, pairs: slice, per_pair: int) -> tuple[torch.Tensor, Batch]:
-    """Some pairs of a batch as a batch of their own."""
-    samples = slice(pairs.start * per_pair, pairs.stop * per_pair)
-    inside = (batch.owner_N >= samples.start) & (batch.owner_N < samples.stop)
-    number = pairs.stop - pairs.start
-    assert batch.reference_S is not None
-    return logprobs[inside], Batch(
-        owner_N=batch.owner_N[inside] - samples.start,
-        num_tokens_S=batch.num_tokens_S[samples],
-        rows={row: where[:number] for row, where in batch.rows.items()},
-        p_P=batch.p_P[pairs],
-        reference_S=batch.reference_S[samples],
-    )
+def groups_of(groups: int, values: Sequence[float]) -> View:
+    """Random log-probs of `groups` groups of drafts."""
+    logprobs, batch = random_samples(groups * DRAFTS)
+    number = torch.arange(groups * DRAFTS)
+    worth = torch.tensor([values[(i * i + i // 2) % len(values)] for i in number.tolist()], dtype=torch.float64)
+    return logprobs, replace(batch, value_S=worth, turn_S=1 + number % DRAFTS, group_S=number // DRAFTS)
 
 
-def at_reference(needs: frozenset[Row]) -> tuple[torch.Tensor, Batch]:
+def random_samples(count: int) -> View:
+    """Log-probs of samples of 1 to 4 tokens under the policy, the reference and the old policy."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 5, (count,), generator=generator)
+    owner = torch.repeat_interleave(torch.arange(count), lengths)
+    policy, reference, old = -torch.rand(3, len(owner), generator=generator, dtype=torch.float64)
+    sums = sum_by_sample(reference, owner, count)
+    batch = Batch(owner, lengths, {}, torch.zeros(0), reference_S=sums, reference_N=reference, old_N=old)
+    return policy, batch
+
+
+def pick(view: View, examples: Sequence[int]) -> View:
+    """Some examples of a view, in this order, as a view of their own."""
+    logprobs, batch = view
+    per = samples_per_example(batch)
+    samples = torch.tensor([example * per + place for example in examples for place in range(per)])
+    tokens = torch.cat([(batch.owner_N == sample).nonzero()[:, 0] for sample in samples])
+    lengths = batch.num_tokens_S[samples]
+    owner = torch.repeat_interleave(torch.arange(len(samples)), lengths)
+    by_token = {name: found[tokens] for name in ("reference_N", "old_N") if (found := getattr(batch, name)) is not None}
+    names = ("reference_S", "value_S", "turn_S", "group_S")
+    by_sample = {name: found[samples] for name in names if (found := getattr(batch, name)) is not None}
+    where = {row: torch.arange(len(examples)) * per + int(old[0]) % per for row, old in batch.rows.items()}
+    p = batch.p_P[torch.tensor(examples)] if batch.rows else batch.p_P
+    return logprobs[tokens], Batch(owner, lengths, where, p, **by_token, **by_sample)
+
+
+def at_reference(needs: frozenset[Row]) -> View:
     logprobs, batch = batch_of(needs, 1)
-    sums = sum_by_sample(logprobs, batch.owner_N, len(batch.num_tokens_S))
-    return logprobs, Batch(batch.owner_N, batch.num_tokens_S, batch.rows, batch.p_P, sums)
+    return logprobs, replace(batch, reference_S=sum_by_sample(logprobs, batch.owner_N, len(batch.num_tokens_S)))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_micro_batches_add_up(name: str):
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_micro_batches_add_up(name: str, settings: dict[str, Any]):
     module = registry.find("objectives", name)
-    cfg: Any = module.Config()
-    needs = module.needs(cfg)
-    logprobs, batch = batch_of(needs, 5)
-    whole = module.loss(logprobs, batch, cfg)
-    parts = [module.loss(*part_of(logprobs, batch, s, len(needs)), cfg) for s in (slice(0, 2), slice(2, 5))]
+    cfg: Any = module.Config(**settings)
+    view = view_of(name, cfg, 5)
+    whole = module.loss(*view, cfg)
+    parts = [module.loss(*pick(view, examples), cfg) for examples in ((0, 1), (2, 3, 4))]
     torch.testing.assert_close(parts[0].total + parts[1].total, whole.total)
     assert parts[0].weight + parts[1].weight == whole.weight
     for metric, value in whole.metrics.items():
-        torch.testing.assert_close(parts[0].metrics[metric] + parts[1].metrics[metric], value)
+        torch.testing.assert_close(parts[0].metrics[metric] + parts[1].metrics[metric], value, msg=metric)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_gradients_match_finite_differences(name: str):
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_the_order_of_examples_does_not_matter(name: str, settings: dict[str, Any]):
     module = registry.find("objectives", name)
-    cfg: Any = module.Config()
-    logprobs, batch = batch_of(module.needs(cfg), 2)
+    cfg: Any = module.Config(**settings)
+    view = view_of(name, cfg, 4)
+    here, there = module.loss(*view, cfg), module.loss(*pick(view, (2, 0, 3, 1)), cfg)
+    torch.testing.assert_close(here.total, there.total)
+    assert here.weight == there.weight
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_gradients_match_finite_differences(name: str, settings: dict[str, Any]):
+    module = registry.find("objectives", name)
+    cfg: Any = module.Config(**settings)
+    logprobs, batch = view_of(name, cfg, 2)
     assert torch.autograd.gradcheck(lambda x: module.loss(x, batch, cfg).total, logprobs.requires_grad_())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_missing_row_is_a_named_error(name: str):
+def test_a_missing_row_or_value_is_a_named_error(name: str):
     module = registry.find("objectives", name)
     cfg: Any = module.Config()
-    logprobs, batch = batch_of(module.needs(cfg), 1)
-    bare = Batch(batch.owner_N, batch.num_tokens_S, {}, batch.p_P, batch.reference_S)
-    with pytest.raises(ValueError, match=r"answer in the (direct|improve|keep) context"):
-        module.loss(logprobs, bare, cfg)
+    logprobs, batch = view_of(name, cfg, 1)
+    with pytest.raises(ValueError, match=r"answer in the (direct|improve|keep) context|groups of drafts"):
+        module.loss(logprobs, replace(batch, rows={}, value_S=None), cfg)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "nll"])
-def test_a_missing_reference_is_a_named_error(name: str):
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_missing_logprobs_of_other_models_are_a_named_error(name: str, settings: dict[str, Any]):
     module = registry.find("objectives", name)
-    cfg: Any = module.Config()
-    logprobs, batch = batch_of(module.needs(cfg), 1, reference=False)
-    with pytest.raises(ValueError, match="reference"):
-        module.loss(logprobs, batch, cfg)
+    cfg: Any = module.Config(**settings)
+    logprobs, batch = view_of(name, cfg, 1)
+    without_reference, without_old = replace(batch, reference_S=None, reference_N=None), replace(batch, old_N=None)
+    for bare, wanted, word in (
+        (without_reference, module.uses_reference(cfg), "reference"),
+        (without_old, getattr(module, "USES_OLD", False), "old"),
+    ):
+        if not wanted:
+            module.loss(logprobs, bare, cfg)
+            continue
+        with pytest.raises(ValueError, match=word):
+            module.loss(logprobs, bare, cfg)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +155,7 @@ def test_a_missing_reference_is_a_named_error(name: str):
         (refine, refine.Config(sides="keep"), 0.25),
         (refine, refine.Config(loss_type="logistic"), 2 * math.log(2)),
         (evolve, evolve.Config(alpha=0.8), 0.2 * math.log(2) + 0.8 * 0.5),  # 0.5386
+        (srpo, srpo.Config(alpha=0.3), 0.7 * 1 + 0.3 * 0.5),
     ],
 )
 def test_losses_where_the_policy_is_the_reference(module: Any, cfg: Any, expected: float):
@@ -168,61 +217,40 @@ def test_the_loss_of_sherlock_is_four_times_the_two_sided_loss():
     assert sherlock == pytest.approx(4 * refine.loss(logprobs, batch, refine.Config(beta=b)).total.item())
 
 
+def test_srpo_on_one_pair_worked_by_hand():
+    # gains across: improve chosen 3 - keep rejected 2; direct: chosen 2, rejected 4; joint margin 1 - 2 = -1
+    logprobs, batch = refine_batch()
+    direct: dict[Row, torch.Tensor] = {
+        ("direct", "chosen"): torch.tensor([4]),
+        ("direct", "rejected"): torch.tensor([5]),
+    }
+    both = replace(
+        batch,
+        owner_N=torch.cat([batch.owner_N, torch.tensor([4, 5, 5])]),
+        num_tokens_S=torch.tensor([2, 1, 1, 1, 1, 2]),
+        rows=batch.rows | direct,
+        reference_S=torch.tensor([-5.0, -2.0, -4.0, -6.0, -3.0, -6.0]),
+    )
+    logprobs = torch.cat([logprobs, torch.tensor([-1.0, -0.5, -1.5])])
+    joint = srpo.loss(logprobs, both, srpo.Config(beta=0.25, alpha=0.0)).total.item()
+    assert joint == pytest.approx((1 + 0.25) ** 2)
+    mixed = srpo.loss(logprobs, both, srpo.Config(beta=0.25, alpha=0.4)).total.item()
+    assert mixed == pytest.approx(0.6 * 1.5625 + 0.4 * 0.8125)
+    # soft label 0.7: 2p - 1 = 0.4
+    soft = srpo.loss(logprobs, replace(both, p_P=torch.tensor([0.7])), srpo.Config(beta=0.25, alpha=0.0)).total.item()
+    assert soft == pytest.approx((0.4 + 0.25) ** 2)
+    only = srpo.loss(*refine_batch(), srpo.Config(beta=0.25, alpha=1.0)).total.item()
+    assert only == pytest.approx(refine.loss(*refine_batch(), refine.Config(beta=0.25)).total.item())
+
+
 def test_a_tie_rests_at_zero_margin():
     logprobs, batch = at_reference(refine.needs(refine.Config()))
-    tie = Batch(batch.owner_N, batch.num_tokens_S, batch.rows, torch.full((1,), 0.5), batch.reference_S)
+    tie = replace(batch, p_P=torch.full((1,), 0.5))
     logprobs.requires_grad_()
     total = refine.loss(logprobs, tie, refine.Config()).total
     total.backward()
     assert total.item() == pytest.approx(0, abs=1e-12)
     assert logprobs.grad is not None and logprobs.grad.abs().max() < 1e-6
-
-
-@pytest.mark.parametrize(("sides", "expected"), [("both", (1.0, 1.0)), ("improve", (1.0, 0.0)), ("keep", (0.0, 1.0))])
-def test_hard_labels_pull_margins_to_half_over_beta_and_one_side_leaves_the_other(
-    sides: Any, expected: tuple[float, float]
-):
-    # tabular policy: one token per sample, 4 free log-ratios; beta 0.5 -> target 1 / (2 * 0.5) = 1 nat
-    order: list[Row] = [("improve", "chosen"), ("improve", "rejected"), ("keep", "chosen"), ("keep", "rejected")]
-    batch = Batch(
-        torch.arange(4),
-        torch.ones(4),
-        {row: torch.tensor([i]) for i, row in enumerate(order)},
-        torch.ones(1),
-        torch.zeros(4),
-    )
-    gains = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    for _ in range(400):
-        total = refine.loss(gains, batch, refine.Config(beta=0.5, sides=sides)).total
-        (grad,) = torch.autograd.grad(total, gains)
-        gains = (gains - 0.5 * grad).detach().requires_grad_()
-    assert (gains[0] - gains[1]).item() == pytest.approx(expected[0], abs=1e-6)
-    assert (gains[2] - gains[3]).item() == pytest.approx(expected[1], abs=1e-6)
-
-
-def test_soft_labels_on_a_full_table_reach_the_closed_form():
-    # policy over 3 answers given draft 0; minimiser: reference * exp(p(y > draft) / beta) / Z
-    beta, wins = 0.5, torch.tensor([0.5, 0.8, 0.3], dtype=torch.float64)
-    reference = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
-    logits = reference.log().clone().requires_grad_()
-    for _ in range(3000):
-        policy = logits.log_softmax(0)
-        total = torch.zeros((), dtype=torch.float64)
-        for better in (1, 2):
-            pair = torch.stack([policy[better], policy[0]])
-            order: list[Row] = [("improve", "chosen"), ("improve", "rejected")]
-            batch = Batch(
-                torch.arange(2),
-                torch.ones(2),
-                {row: torch.tensor([i]) for i, row in enumerate(order)},
-                wins[better : better + 1],
-                torch.stack([reference[better], reference[0]]).log(),
-            )
-            total = total + refine.loss(pair, batch, refine.Config(beta=beta, sides="improve")).total
-        (grad,) = torch.autograd.grad(total, logits)
-        logits = (logits - 0.5 * grad).detach().requires_grad_()
-    closed = reference * (wins / beta).exp()
-    torch.testing.assert_close(logits.softmax(0).detach(), closed / closed.sum(), rtol=0, atol=1e-6)
 
 
 def test_alpha_zero_is_dpo_and_alpha_one_is_the_refinement_loss():

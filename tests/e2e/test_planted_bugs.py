@@ -15,7 +15,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Every bug, planted in a copy of the package and met by the tests."""
+    """Every bug, planted in the package of a process of its own and met by the test that is to catch it."""
     folder = tmp_path_factory.mktemp("planted")
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     helper = [sys.executable, str(Path(__file__).with_name("planted.py")), str(folder)]
@@ -24,11 +24,11 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((folder / "outcome.json").read_text())
 
 
-def test_the_untouched_copy_passes(outcome: dict[str, Any]):
+def test_without_a_bug_they_pass(outcome: dict[str, Any]):
     assert outcome["none"]["code"] == 0, outcome["none"]["said"]
 
 
 @pytest.mark.parametrize("bug", planted.BUGS)
-def test_a_planted_bug_makes_a_test_fail(outcome: dict[str, Any], bug: str):
+def test_a_planted_bug_makes_its_test_fail(outcome: dict[str, Any], bug: str):
     assert outcome[bug]["code"] == pytest.ExitCode.TESTS_FAILED, outcome[bug]["said"]
     assert "1 failed" in outcome[bug]["said"]

@@ -55,6 +55,12 @@ class TestExact:
         assert [[score.value for score in one.scores] for one in scored] == [[1, 0, 0], [], [0, 1]]
         assert [(one.prompt, one.drafts) for one in scored] == [(one.prompt, one.drafts) for one in ATTEMPTS]
 
+    def test_each_score_holds_the_final_answer_by_which_drafts_vote(self):
+        scored = self.scorer.score(YesIsRight(), ATTEMPTS)
+        assert [[score.answer for score in one.scores] for one in scored] == [
+            [draft.text for draft in one.drafts] for one in ATTEMPTS
+        ]
+
     def test_a_verifier_that_raises_names_the_prompt(self):
         with pytest.raises(DataError, match=r"prompt p\n    It raised ZeroDivisionError: oh\n    Mend"):
             self.scorer.score(YesIsRight(ZeroDivisionError("oh")), ATTEMPTS)

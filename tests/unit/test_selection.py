@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -11,20 +12,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upturn import registry
-from upturn.selection import best_vs_worst, consistency, last_vs_first, right_vs_wrong
+from upturn.selection import best_vs_worst, consistency, last_vs_first, repairs, right_vs_wrong
 from upturn.selection._base import Selection, label_precision
-from upturn.types import Attempt, Draft, Pair, Prompt, Score
+from upturn.types import Attempt, Draft, Group, Pair, Prompt, Score
 
 NAN = math.nan
 
 
-def attempt(values: list[float], texts: str = "abcdefgh", cut: tuple[int, ...] = (), name: str = "p") -> Attempt:
-    """A chain: one draft for each value, right where it is 1; one letter is its text."""
-    drafts = tuple(
-        Draft(i, i + 1, (i - 1,) if i else (), texts[i], (i,), (-1.0,), "length" if i in cut else "stop", 5, 0)
-        for i in range(len(values))
-    )
-    return Attempt(Prompt(name, "?"), drafts, tuple(Score(value, value == 1) for value in values))
+def attempt(
+    values: list[float],
+    texts: str = "abcdefgh",
+    cut: tuple[int, ...] = (),
+    name: str = "p",
+    shown: Callable[[int], tuple[int, ...]] = lambda i: (i - 1,) if i else (),
+) -> Attempt:
+    """A chain, or what `shown` makes of it: a draft for each value, right where it is 1; one letter is its text."""
+    drafts: list[Draft] = []
+    for i in range(len(values)):
+        turn = 1 + max((drafts[parent].turn for parent in shown(i)), default=0)
+        finish = "length" if i in cut else "stop"
+        drafts.append(Draft(i, turn, shown(i), texts[i], (i,), (-1.0,), finish, 5, 0))
+    return Attempt(Prompt(name, "?"), tuple(drafts), tuple(Score(value, value == 1) for value in values))
 
 
 def indices(selection: Selection) -> list[tuple[int, int]]:
@@ -164,6 +172,55 @@ class TestRightVsWrong:
         assert self.select(one).dropped == {reason: 1}
 
 
+class TestRepairs:
+    def select(self, one: Attempt, **config: Any) -> Selection:
+        return repairs.select([one], repairs.Config(**config))
+
+    def test_the_repair_against_the_draft_that_it_was_shown(self):
+        [pair] = (selection := self.select(attempt([0.0, 0.5, 1.0, 1.0]))).pairs
+        assert indices(selection) == [(2, 1)]
+        assert (pair.p, pair.chosen_right, pair.rejected_right) == (1.0, True, False)
+
+    def test_in_a_star_every_repair_starts_from_the_first_draft(self):
+        star = attempt([0.0, 1.0, 0.0, 1.0], shown=lambda i: (0,) if i else ())
+        selection = self.select(star, pairs_per_prompt=3)
+        assert indices(selection) == [(1, 0), (3, 0)]
+        assert selection.dropped == {"no further draft": 1}
+
+    def test_of_several_drafts_shown_the_last_is_the_one_repaired(self):
+        few_shot = attempt([1.0, 0.0, 1.0], shown=lambda i: tuple(range(i)))
+        assert indices(self.select(few_shot)) == [(2, 1)]
+
+    def test_a_chain_may_be_repaired_twice(self):
+        assert indices(self.select(attempt([0.0, 1.0, 0.0, 1.0]), pairs_per_prompt=2)) == [(1, 0), (3, 2)]
+
+    def test_a_repair_is_taken_once(self):
+        again = attempt([0.0, 1.0, 0.0, 1.0], "abcb")
+        assert indices(self.select(again, pairs_per_prompt=2)) == [(1, 0)]
+
+    def test_a_draft_without_score_breaks_the_chain(self):
+        assert indices(self.select(attempt([0.0, NAN, 1.0, 0.0, 1.0]))) == [(4, 3)]
+
+    @pytest.mark.parametrize(
+        ("one", "reason"),
+        [
+            (attempt([NAN, NAN]), "no score"),
+            (attempt([0.0, 1.0], shown=lambda i: ()), "nothing refined"),
+            (attempt([NAN, 1.0]), "nothing refined"),
+            (attempt([1.0, 1.0, 0.0]), "no repair"),
+            (attempt([0.0, 1.0], cut=(1,)), "cut"),
+            (attempt([0.0, 1.0], cut=(0,)), "cut"),
+            (attempt([0.0, 1.0], "aa"), "same text"),
+        ],
+    )
+    def test_reasons(self, one: Attempt, reason: str):
+        assert self.select(one).dropped == {reason: 1}
+
+    def test_a_cut_draft_is_rejected_only_on_request(self):
+        assert indices(self.select(attempt([0.0, 1.0], cut=(0,)), reject_cut=True)) == [(1, 0)]
+        assert indices(self.select(attempt([0.0, 1.0], cut=(1,)), reject_cut=True)) == []
+
+
 class TestConsistency:
     def select(self, one: Attempt, **config: Any) -> Selection:
         return consistency.select([one], consistency.Config(**config), lambda _, answer: answer.strip("_!").lower())
@@ -208,33 +265,78 @@ class TestLabelPrecision:
 
 
 VALUES = st.lists(st.sampled_from([0.0, 0.25, 1.0, NAN, math.inf, -math.inf]), max_size=6)
+SHOWN: list[Callable[[int], tuple[int, ...]]] = [
+    lambda i: (i - 1,) if i else (),  # chain
+    lambda i: (0,) if i else (),  # star
+    lambda i: (),  # parallel
+    lambda i: tuple(range(i)),  # few-shot
+    lambda i: ((i - 1) // 2,) if i else (),  # tree
+    lambda i: (i - 2,) if i > 1 else (),  # two chains
+]
 ATTEMPTS = st.lists(
     st.builds(
         attempt,
         VALUES,
         st.text("ab ", min_size=6, max_size=6),
         st.sets(st.integers(0, 5)).map(tuple),
+        st.sampled_from("pqr"),
+        st.sampled_from(SHOWN),
     ),
     max_size=6,
 )
+SETTINGS: dict[str, st.SearchStrategy[Any]] = {
+    "pairs_per_prompt": st.integers(1, 3),
+    "reject_cut": st.booleans(),
+    "labels": st.sampled_from(["hard", "soft"]),
+    "cap": st.integers(1, 3),
+    "unique": st.booleans(),
+    "both": st.booleans(),
+    "keep": st.sampled_from(["extremes", "all"]),
+    "proposals": st.integers(1, 3),
+    "direct": st.booleans(),
+    "reward": st.sampled_from(["own", "last", "sum", "improvement", "shaped"]),
+    "estimator": st.sampled_from(["rloo", "grpo", "reinforce"]),
+    "turns": st.sampled_from([None, (1,), (2,), (1, 3)]),
+}
+"""Settings that rules have in common, and what they may be."""
+LEARNS_CUT = {"advantages"}
+"""Rules in which a cut draft learns like any other."""
 
 
 @pytest.mark.parametrize("name", registry.names("selection"))
-@given(attempts=ATTEMPTS, slots=st.integers(1, 3), reject_cut=st.booleans())
-def test_every_slot_is_a_pair_or_counted_and_no_pair_teaches_nonsense(
-    name: str, attempts: list[Attempt], slots: int, reject_cut: bool
+@given(attempts=ATTEMPTS, data=st.data())
+def test_every_slot_is_an_example_or_counted_and_no_example_teaches_nonsense(
+    name: str, attempts: list[Attempt], data: st.DataObject
 ):
     module: ModuleType = registry.find("selection", name)
-    config: dict[str, Any] = {"reject_cut": reject_cut}
-    if "pairs_per_prompt" in module.Config.model_fields:
-        config["pairs_per_prompt"] = slots
-    else:
-        slots = 1
-    selection: Selection = module.select(attempts, module.Config(**config))
-    assert len(selection.pairs) + sum(selection.dropped.values()) == len(attempts) * slots
-    for pair in selection.pairs:
-        assert pair.chosen.complete
-        assert pair.rejected.complete or reject_cut
-        assert pair.chosen.text.strip() != pair.rejected.text.strip()
-        assert 0.5 <= pair.p <= 1
-    assert module.select(attempts, module.Config(**config)) == selection
+    known = module.Config.model_fields
+    config = module.Config(**{field: data.draw(values) for field, values in SETTINGS.items() if field in known})
+    selection: Selection = module.select(attempts, config)
+    slots = len(attempts) * getattr(config, "pairs_per_prompt", 1)
+    assert len(selection.examples) + sum(selection.dropped.values()) == slots
+    assert all(selection.dropped.values()) and all(selection.set_aside.values())
+    for example in selection.examples:
+        if isinstance(example, Pair):
+            check_pair(example, getattr(config, "reject_cut", False))
+        else:
+            check_group(example, getattr(config, "reject_cut", False), name in LEARNS_CUT)
+    assert repr(module.select(attempts, config)) == repr(selection)  # NaN is not equal to itself
+
+
+def check_pair(pair: Pair, reject_cut: bool) -> None:
+    assert pair.chosen.complete
+    assert pair.rejected.complete or reject_cut
+    assert pair.chosen.text.strip() != pair.rejected.text.strip()
+    assert 0.5 <= pair.p <= 1
+
+
+def check_group(group: Group, reject_cut: bool, learns_cut: bool) -> None:
+    drafts, scores = group.attempt.drafts, group.attempt.scores
+    assert [draft.index for draft in drafts] == list(range(len(drafts)))
+    assert all(parent < draft.index for draft in drafts for parent in draft.parents)
+    learnt = [each for each in zip(drafts, scores, group.values, strict=True) if each[2] is not None]
+    assert learnt
+    for draft, score, value in learnt:
+        assert value is not None and math.isfinite(value)
+        assert math.isfinite(score.value) or value == 0  # 0: an answer to another prompt
+        assert draft.complete or learns_cut or (value < 0 and reject_cut)

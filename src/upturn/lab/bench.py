@@ -19,6 +19,7 @@ from upturn.lab.lab import Attempts, Examples, Measure, Model, Options, Training
 from upturn.lab.store import Planned, Result, Steps, write_json, write_text
 from upturn.models.chat import VERSION as CHAT_VERSION
 from upturn.selection._base import label_precision
+from upturn.strategies._base import num_drafts
 from upturn.tracking import events, progress
 from upturn.types import Prompt, answers, to_json
 
@@ -103,7 +104,7 @@ class Bench:
                 return jobs.ask(model.endpoint, prompts, rule, how, settings, skip_failed=self.skip_failed)
             return jobs.generate(self._loaded(model), prompts, rule, how, settings)
 
-        drafts = len(prompts) * strategy.cfg.turns  # type: ignore[attr-defined]
+        drafts = len(prompts) * num_drafts(strategy.cfg)
         guess = {"drafts": drafts, "tokens": round(estimate.ANSWER_SHARE * drafts * (how.max_new_tokens or 0))}
         inputs = [model.key, *([first.key] if first else [])]
         result = self._do("generate", label, config, inputs, work, guess)
@@ -207,10 +208,18 @@ class Bench:
         self._report(training=(*self.summary.training, row))
         return Model(result.key, result.folder / "model", label)
 
-    def measure(self, model: Model, cfg: Measure, label: str, iteration: int = 0, scorer: Plugin | None = None) -> None:
+    def measure(
+        self,
+        model: Model,
+        cfg: Measure,
+        label: str,
+        iteration: int = 0,
+        scorer: Plugin | None = None,
+        upstream: Model | None = None,
+    ) -> None:
         from upturn.lab import measuring
 
-        row = measuring.measure(self, model, cfg, label, iteration, scorer)
+        row = measuring.measure(self, measuring.Asked(model, label, iteration, upstream), cfg, scorer)
         self.measured.append(model)
         if row:
             self._report(measurements=(*self.summary.measurements, row))

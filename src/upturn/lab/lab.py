@@ -11,7 +11,7 @@ from typing import Protocol
 from pydantic import Field
 
 from upturn._model import Strict
-from upturn.config import Objective, Plugin
+from upturn.config import Objective, Plugin, Strategy
 from upturn.engines.api import Endpoint
 from upturn.engines.sampling import Config as Sampling
 from upturn.models.chat import Layout
@@ -125,8 +125,19 @@ class Lab(Protocol):
         """Train a copy of the model; the reference is the model itself unless another is named."""
         ...
 
-    def measure(self, model: Model, cfg: Measure, label: str, iteration: int = 0, scorer: Plugin | None = None) -> None:
-        """Turns, controls and drift of a model on held-out prompts; `scorer` is the one that trains, if any."""
+    def measure(
+        self,
+        model: Model,
+        cfg: Measure,
+        label: str,
+        iteration: int = 0,
+        scorer: Plugin | None = None,
+        upstream: Model | None = None,
+    ) -> None:
+        """Turns, controls and drift of a model on held-out prompts.
+
+        `scorer` is the one that trains, if any. First drafts come from `upstream` where another model is corrected.
+        """
         ...
 
     def publish(self, model: Model, about: str) -> None:
@@ -146,6 +157,8 @@ class Measure(Strict):
 
     prompts: int = Field(default=300, ge=1)
     turns: int = Field(default=4, ge=2)
+    strategy: Strategy | None = None
+    """How answers are refined; a chain of `turns` when not given."""
     sampling: Sampling = Sampling()
     parallel: int = Field(default=0, ge=0)
     """Independent direct answers per prompt for the controls (votes, best of n, fresh answers, pass@k); 0 leaves them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from upturn.config import Plugin, plugin
@@ -15,26 +16,41 @@ if TYPE_CHECKING:
     from upturn.lab.bench import Bench
 
 
-def measure(
-    bench: Bench, model: Model, cfg: Measure, label: str, iteration: int, scorer: Plugin | None
-) -> Measurement | None:
-    """The numbers of one model; its scored attempts go to `drafts/`. None where steps are only planned."""
-    prompts = bench.prompts("test", 0, cfg.prompts)
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is measured."""
 
-    def drafts(strategy: str, count: int, kind: str) -> Attempts:
-        chosen = plugin("strategies", {"name": strategy, "turns": count})
-        return bench.generate(model, prompts, chosen, cfg.sampling, f"{kind} {label}")
+    model: Model
+    label: str
+    iteration: int = 0
+    upstream: Model | None = None
+    """The model whose answers are corrected; None where the model refines its own."""
+
+
+def measure(bench: Bench, asked: Asked, cfg: Measure, scorer: Plugin | None) -> Measurement | None:
+    """The numbers of one model; its scored attempts go to `drafts/`. None where steps are only planned."""
+    prompts, label = bench.prompts("test", 0, cfg.prompts), asked.label
+
+    def drafts(model: Model, strategy: Plugin, kind: str, first: Attempts | None = None) -> Attempts:
+        return bench.generate(model, prompts, strategy, cfg.sampling, f"{kind} {label}", first)
 
     judges = _judges(scorer)
-    chains = _judged(bench, drafts("chain", cfg.turns, "measure"), judges, label, parallel=False)
+    first = drafts(asked.upstream, _by_name("parallel", 1), "upstream of") if asked.upstream else None
+    refining = drafts(asked.model, cfg.strategy or _by_name("chain", cfg.turns), "measure", first)
+    chains = _judged(bench, refining, judges, label, parallel=False)
     fresh = None
     if cfg.parallel:
-        fresh = _judged(bench, drafts("parallel", cfg.parallel, "parallel"), judges, label, parallel=True)
-    drift = _drift(bench, model, chains, label)
+        answers = drafts(asked.upstream or asked.model, _by_name("parallel", cfg.parallel), "parallel")
+        fresh = _judged(bench, answers, judges, label, parallel=True)
+    drift = {} if asked.upstream else _drift(bench, asked.model, chains, label)
     if bench.dry:
         return None
     vote = turns.majority(fresh.read()) if fresh else None
-    return summary.measure(label, iteration, chains.read(), vote=vote, drift=drift, seed=bench.seed)
+    return summary.measure(label, asked.iteration, chains.read(), vote=vote, drift=drift, seed=bench.seed)
+
+
+def _by_name(strategy: str, count: int) -> Plugin:
+    return plugin("strategies", {"name": strategy, "turns": count})
 
 
 def _judges(scorer: Plugin | None) -> list[Plugin]:

@@ -21,6 +21,7 @@ from upturn.errors import RunError
 from upturn.evaluation.summary import Summary
 from upturn.lab.store import write_text
 from upturn.models import card, chat, load, policy
+from upturn.strategies._base import num_drafts
 from upturn.tracking import events, progress
 from upturn.training import train as training
 from upturn.types import Attempt, Draft, Example, Prompt, Sample, draft_from_json, to_json
@@ -54,7 +55,7 @@ class Rule:
 def rule_of(strategy: Plugin, first: Sequence[Attempt] = ()) -> Rule:
     """A strategy, and where given, the first drafts that it goes on from instead of asking for them."""
     run = partial(strategy.module.generate, cfg=strategy.cfg)
-    drafts: int = strategy.cfg.turns  # type: ignore[attr-defined]
+    drafts = num_drafts(strategy.cfg)
     if not first:
         return Rule(run, drafts)
     given = {attempt.prompt.id: attempt.drafts[0] for attempt in first}

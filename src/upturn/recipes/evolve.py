@@ -13,9 +13,10 @@ from typing import Literal
 from pydantic import Field
 
 from upturn._model import Strict
-from upturn.config import Scorer, Selector, Strategy, Task
+from upturn.config import Selector, Strategy
 from upturn.engines.sampling import Config as Sampling
-from upturn.lab.lab import Examples, Lab, Measure, Model, Options, Track, Training
+from upturn.lab.lab import Examples, Lab, Model, Training
+from upturn.recipes._base import Prompts, Run, begin
 
 
 class Collect(Strict):
@@ -28,14 +29,9 @@ class Collect(Strict):
     selection: Selector
 
 
-class Config(Strict):
+class Config(Run):
     """One EVOLVE run."""
 
-    model: str
-    """Hub id, folder, GGUF file or short name."""
-    task: Task
-    seed: int = 0
-    scorer: Scorer
     activate: Collect | None
     """Stage A's data; null starts the iterations from the model as it is."""
     sft: Training
@@ -47,31 +43,17 @@ class Config(Strict):
     """Stage B's training."""
     reference: Literal["previous", "sft"] = "previous"
     """The model that preference margins count from: the start of the iteration, or the SFT model."""
-    measure: Measure = Measure()
-    options: Options = Options()
-    output_dir: str | None = None
-    """Run folder; runs/<name> when not given."""
-    store: str | None = None
-    """Where finished steps lie; <output_dir>/store when not given. Runs may share one."""
-    track: Track = ()
-    """Also send metrics to these: tensorboard, trackio, wandb."""
-    limit: int | None = Field(default=None, ge=1)
-    """At most this many prompts in every place, for a quick look."""
 
 
 def run(cfg: Config, lab: Lab) -> None:
     """Measure, activate, then K times: collect, prefer, measure."""
-    used = 0
+    prompts = Prompts(lab)
 
     def pairs_from(model: Model, how: Collect, label: str) -> Examples:
-        nonlocal used
-        prompts = lab.prompts("train", used, how.prompts)
-        used += len(prompts)
-        drafts = lab.generate(model, prompts, how.strategy, how.sampling, label)
+        drafts = lab.generate(model, prompts.take(how.prompts), how.strategy, how.sampling, label)
         return lab.select(lab.score(drafts, cfg.scorer, label), how.selection, label)
 
-    model = lab.load(cfg.model)
-    lab.measure(model, cfg.measure, "base", scorer=cfg.scorer)
+    model = begin(cfg, lab)
     if cfg.activate:
         model = lab.train(model, pairs_from(model, cfg.activate, "sft"), cfg.sft, "sft")  # eq. 4
         lab.measure(model, cfg.measure, "sft", scorer=cfg.scorer)

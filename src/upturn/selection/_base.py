@@ -59,9 +59,7 @@ def label_precision(pairs: list[Pair]) -> Quality:
     return Quality(true / len(pairs), earlier / len(pairs))
 
 
-def collect(
-    attempts: list[Attempt], choose: Callable[[Attempt], Sequence[Example] | str], slots: int = 1
-) -> Selection:
+def collect(attempts: list[Attempt], choose: Callable[[Attempt], Sequence[Example] | str], slots: int = 1) -> Selection:
     """Apply a rule to each attempt: it gives 1 to `slots` examples, or the reason why there is none."""
     examples: list[Example] = []
     dropped: Counter[str] = Counter()

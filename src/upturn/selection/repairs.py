@@ -1,4 +1,4 @@
-"""A right refinement against the very draft it was shown, where that one was worse: what a repair looks like."""
+"""A right refinement against the very draft it was shown, where that one was wrong: what a repair looks like."""
 
 from __future__ import annotations
 
