@@ -131,7 +131,8 @@ def requests(shown: Sequence[Draft], last: str) -> list[str]:
 def answers(attempts: Sequence[Attempt]) -> list[Attempt]:
     """The attempts without critiques: each is folded into the answers that were to follow it, with its tokens.
 
-    An answer then has the answer that was criticised as its parent, and drafts are numbered anew.
+    The tokens of a critique that ended its chain count with the answer it is about. An answer then has the answer that
+    was criticised as its parent, and drafts are numbered anew.
     """
     return [_folded(attempt) if any(d.kind == "critique" for d in attempt.drafts) else attempt for attempt in attempts]
 
@@ -140,15 +141,20 @@ def _folded(attempt: Attempt) -> Attempt:
     by_index = {draft.index: draft for draft in attempt.drafts}
     kept = [draft for draft in attempt.drafts if draft.kind == "answer"]
     place = {draft.index: number for number, draft in enumerate(kept)}
+    followed = {index for draft in attempt.drafts for index in draft.parents}
 
     def folded(draft: Draft) -> Draft:
         shown = [by_index[index] for index in draft.parents]
         critiques = [each for each in shown[-1:] if each.kind == "critique"]
+        last = [
+            d for d in attempt.drafts if d.kind == "critique" and draft.index in d.parents and d.index not in followed
+        ]
+        tokens = sum(each.num_tokens for each in (*critiques, *last))
         return replace(
             draft,
             index=place[draft.index],
             parents=tuple(place[each.index] for each in shown if each.kind == "answer"),
-            num_tokens_told=draft.num_tokens + sum(each.num_tokens for each in critiques) if critiques else None,
+            num_tokens_told=draft.num_tokens + tokens if tokens else draft.num_tokens_told,
             critique="\n".join(each.text for each in critiques),
         )
 

@@ -68,9 +68,7 @@ class Scripted:
         """How long each answer takes; all the same where None."""
         self.made: dict[int, Draft] = {}
 
-    async def __call__(
-        self, prompt: Prompt, shown: Sequence[Draft], request: str = "", kind: Kind = "answer"
-    ) -> Draft:
+    async def __call__(self, prompt: Prompt, shown: Sequence[Draft], request: str = "", kind: Kind = "answer") -> Draft:
         assert prompt == PROMPT
         assert all(self.made.get(draft.index) == draft for draft in shown), "it shows what the model never said"
         index, parents = self.calls, tuple(draft.index for draft in shown)

@@ -1,4 +1,4 @@
-"""Plant each bug in the running package and run the test that must fail: `python planted.py FOLDER` writes outcome.json.
+"""Plant each bug and run the test that must fail: `python planted.py FOLDER` writes `outcome.json`.
 
 One warm process forks a child per bug, so that torch, the package and the tests are imported once.
 """
@@ -6,256 +6,21 @@ One warm process forks a child per bug, so that torch, the package and the tests
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import pytest
+from bugs import BUGS, Bug
 
 ROOT = Path(__file__).parents[2]
-CONTRACTS = "tests/contracts/test_objectives.py"
-GROUPS = "tests/unit/test_group_objectives.py"
-TABLE, TABLE_GROUPS = "tests/unit/test_tabular.py", "tests/unit/test_tabular_groups.py"
-ROWS = "tests/unit/test_rows.py"
-
-
-@dataclass(frozen=True)
-class Bug:
-    """A piece of text in a file of the package, what stands there instead, and the test that must fail."""
-
-    file: str
-    right: str
-    wrong: str
-    caught_by: str
-
-
-PAIRS = {
-    "chosen and rejected swapped": Bug(
-        "objectives/_base.py",
-        'values_S[_row(batch, context, "chosen")] - values_S[_row(batch, context, "rejected")]',
-        'values_S[_row(batch, context, "rejected")] - values_S[_row(batch, context, "chosen")]',
-        f"{CONTRACTS}::test_dpo_on_one_pair_worked_by_hand",
-    ),
-    "mean for sum over pairs": Bug(
-        "objectives/dpo.py", "Loss(loss_P.sum(),", "Loss(loss_P.mean(),", f"{CONTRACTS}::test_micro_batches_add_up"
-    ),
-    "mean for sum over tokens": Bug(
-        "objectives/_base.py",
-        "return sum_by_sample(logprobs_N, batch.owner_N, len(batch.num_tokens_S)) - batch.reference_S",
-        "return sum_by_sample(logprobs_N, batch.owner_N, len(batch.num_tokens_S)) / batch.num_tokens_S"
-        " - batch.reference_S",
-        f"{CONTRACTS}::test_dpo_on_one_pair_worked_by_hand",
-    ),
-    "prompt not masked": Bug(
-        "training/rows.py",
-        "Sample(contexts[context], getattr(example, side).token_ids)",
-        "Sample(contexts[context][:1], contexts[context][1:] + getattr(example, side).token_ids)",
-        f"{ROWS}::test_only_the_last_answer_is_a_target_and_contexts_hold_the_sampled_ids",
-    ),
-    "no reference": Bug(
-        "objectives/_base.py",
-        "len(batch.num_tokens_S)) - batch.reference_S",
-        "len(batch.num_tokens_S))",
-        f"{CONTRACTS}::test_losses_where_the_policy_is_the_reference",
-    ),
-    "beta outside the square": Bug(
-        "objectives/refine.py",
-        "loss_P = (batch.p_P - 0.5 - margin_P) ** 2",
-        "loss_P = cfg.beta * (batch.p_P - 0.5 - margin_P / cfg.beta) ** 2",
-        f"{CONTRACTS}::test_refine_on_one_pair_worked_by_hand",
-    ),
-    "beta outside the sigmoid": Bug(
-        "objectives/dpo.py",
-        "loss_P = -label_P * F.logsigmoid(scaled_P) - (1 - label_P) * F.logsigmoid(-scaled_P)",
-        "loss_P = -cfg.beta * (label_P * F.logsigmoid(margin_P) + (1 - label_P) * F.logsigmoid(-margin_P))",
-        f"{CONTRACTS}::test_dpo_on_one_pair_worked_by_hand",
-    ),
-}
-
-SRPO = {
-    "srpo: improve for keep": Bug(
-        "objectives/srpo.py",
-        '_row(batch, "keep", "rejected")',
-        '_row(batch, "improve", "rejected")',
-        f"{TABLE}::test_srpo_reaches_the_saddle_point_of_its_game",
-    ),
-    "srpo: half the target": Bug(
-        "objectives/srpo.py",
-        "(2 * batch.p_P - 1 - cfg.beta",
-        "(batch.p_P - 0.5 - cfg.beta",
-        f"{CONTRACTS}::test_srpo_on_one_pair_worked_by_hand",
-    ),
-    "srpo: sign of the direct margin": Bug(
-        "objectives/srpo.py",
-        "cfg.beta * (across_P + direct_P)) ** 2",
-        "cfg.beta * (across_P - direct_P)) ** 2",
-        f"{TABLE}::test_srpo_reaches_the_saddle_point_of_its_game",
-    ),
-    "srpo: alpha on the other part": Bug(
-        "objectives/srpo.py",
-        "(1 - cfg.alpha) * joint_P",
-        "cfg.alpha * joint_P",
-        f"{CONTRACTS}::test_srpo_on_one_pair_worked_by_hand",
-    ),
-    "srpo: improver with a beta of its own": Bug(
-        "objectives/srpo.py",
-        "refine.Config(beta=cfg.beta)",
-        "refine.Config()",
-        f"{TABLE}::test_hard_labels_pull_srpo_to_one_over_beta",
-    ),
-    "srpo: mean for sum over pairs": Bug(
-        "objectives/srpo.py",
-        "(1 - cfg.alpha) * joint_P.sum()",
-        "(1 - cfg.alpha) * joint_P.mean()",
-        f"{CONTRACTS}::test_micro_batches_add_up",
-    ),
-}
-
-SFT = {
-    "sft: sign": Bug(
-        "objectives/sft.py", "Loss(-logps_S.sum(),", "Loss(logps_S.sum(),", f"{GROUPS}::test_sft_worked_by_hand"
-    ),
-    "sft: mean for sum over drafts": Bug(
-        "objectives/sft.py", "Loss(-logps_S.sum(),", "Loss(-logps_S.mean(),", f"{CONTRACTS}::test_micro_batches_add_up"
-    ),
-    "sft: mean for sum over tokens": Bug(
-        "objectives/sft.py",
-        "sum_by_sample(logprobs_N, batch.owner_N, len(value_S))",
-        "sum_by_sample(logprobs_N, batch.owner_N, len(value_S)) / batch.num_tokens_S",
-        f"{GROUPS}::test_sft_worked_by_hand",
-    ),
-    "sft: all drafts alike": Bug(
-        "objectives/sft.py",
-        "logps_S = value_S * sum",
-        "logps_S = sum",
-        f"{TABLE_GROUPS}::test_sft_reaches_the_empirical_distribution",
-    ),
-    "sft: divided by all tokens": Bug(
-        "objectives/sft.py",
-        "float((value_S * batch.num_tokens_S).sum())",
-        "float(batch.num_tokens_S.sum())",
-        f"{GROUPS}::test_sft_worked_by_hand",
-    ),
-}
-
-POLICY_GRADIENT = {
-    "policy_gradient: ratio upside down": Bug(
-        "objectives/policy_gradient.py",
-        "(logprobs_N - batch.old_N).exp()",
-        "(batch.old_N - logprobs_N).exp()",
-        f"{GROUPS}::test_at_the_start_the_gradient_is_that_of_reinforce",
-    ),
-    "policy_gradient: max for min": Bug(
-        "objectives/policy_gradient.py",
-        "-plain_N.minimum(",
-        "-plain_N.maximum(",
-        f"{GROUPS}::test_clipped_tokens_have_no_gradient_and_bad_tokens_that_rose_do",
-    ),
-    "policy_gradient: clip without the pessimist": Bug(
-        "objectives/policy_gradient.py",
-        "-plain_N.minimum(ratio_N.clamp(low, high) * advantage_N)",
-        "-(ratio_N.clamp(low, high) * advantage_N)",
-        f"{GROUPS}::test_clipped_tokens_have_no_gradient_and_bad_tokens_that_rose_do",
-    ),
-    "policy_gradient: k3 the other way round": Bug(
-        "objectives/policy_gradient.py",
-        "batch.reference_N - logprobs_N",
-        "logprobs_N - batch.reference_N",
-        f"{GROUPS}::test_the_kl_term_by_turn_worked_by_hand",
-    ),
-    "policy_gradient: k3 without gradient": Bug(
-        "objectives/policy_gradient.py",
-        "kl_N = _k3(logprobs_N, batch)",
-        "kl_N = _k3(logprobs_N, batch).detach()",
-        f"{TABLE_GROUPS}::test_policy_gradient_with_kl_tilts_the_reference_by_the_reward",
-    ),
-    "policy_gradient: k3 without its ratio": Bug(
-        "objectives/policy_gradient.py",
-        "ratio_N * kl_N if cfg.use_bias_correction_kl else kl_N",
-        "kl_N",
-        f"{TABLE_GROUPS}::test_without_the_ratio_k3_rests_elsewhere",
-    ),
-    "policy_gradient: turns from 0": Bug(
-        "objectives/policy_gradient.py",
-        "(batch.turn_S - 1)",
-        "batch.turn_S",
-        f"{GROUPS}::test_the_kl_term_by_turn_worked_by_hand",
-    ),
-    "policy_gradient: mean for sum over tokens": Bug(
-        "objectives/policy_gradient.py",
-        'mean=cfg.loss_agg == "sequence_mean"',
-        "mean=True",
-        f"{GROUPS}::test_policy_gradient_worked_by_hand",
-    ),
-}
-
-KTO = {
-    "kto: zero point with gradient": Bug(
-        "objectives/kto.py",
-        "gain_S.detach()[~judged_S]",
-        "gain_S[~judged_S]",
-        f"{GROUPS}::test_the_zero_point_of_kto_has_no_gradient",
-    ),
-    "kto: zero point below 0": Bug(
-        "objectives/kto.py", "gains.mean().clamp(min=0)", "gains.mean()", f"{GROUPS}::test_kto_worked_by_hand"
-    ),
-    "kto: zero point of the judged drafts": Bug(
-        "objectives/kto.py", "[~judged_S]", "[judged_S]", f"{GROUPS}::test_kto_worked_by_hand"
-    ),
-    "kto: undesirable drafts lifted": Bug(
-        "objectives/kto.py",
-        "above = side * (gain - zero)",
-        "above = gain - zero",
-        f"{TABLE_GROUPS}::test_kto_orders_answers_by_how_often_they_are_desirable",
-    ),
-    "kto: weights swapped": Bug(
-        "objectives/kto.py",
-        "torch.where(side > 0,",
-        "torch.where(side < 0,",
-        f"{TABLE_GROUPS}::test_kto_rests_where_desirable_and_undesirable_drafts_weigh_the_same",
-    ),
-    "kto: mismatched drafts counted": Bug(
-        "objectives/kto.py",
-        "Loss(losses.sum(), float(len(side))",
-        "Loss(losses.sum(), float(len(value_S))",
-        f"{GROUPS}::test_kto_worked_by_hand",
-    ),
-}
-
-SPPO = {
-    "sppo: no 1/2 before the square": Bug(
-        "objectives/sppo.py", "0.5 * (gain_S", "(gain_S", f"{GROUPS}::test_sppo_worked_by_hand"
-    ),
-    "sppo: win rates not centred": Bug(
-        "objectives/sppo.py",
-        "cfg.eta * (win_S - 0.5)) ** 2",
-        "cfg.eta * win_S) ** 2",
-        f"{TABLE_GROUPS}::test_a_whole_training_of_sppo_is_nearly_a_step_of_multiplicative_weights",
-    ),
-    "sppo: sign of the target": Bug(
-        "objectives/sppo.py",
-        "gain_S - cfg.eta",
-        "gain_S + cfg.eta",
-        f"{TABLE_GROUPS}::test_the_average_policy_of_sppo_wins_the_circular_game",
-    ),
-    "sppo: eta outside the square": Bug(
-        "objectives/sppo.py",
-        "0.5 * (gain_S - cfg.eta * (win_S - 0.5)) ** 2",
-        "0.5 * cfg.eta * (gain_S / cfg.eta - (win_S - 0.5)) ** 2",
-        f"{GROUPS}::test_sppo_worked_by_hand",
-    ),
-    "sppo: mean for sum over drafts": Bug(
-        "objectives/sppo.py", "Loss(loss_S.sum(),", "Loss(loss_S.mean(),", f"{CONTRACTS}::test_micro_batches_add_up"
-    ),
-}
-
-BUGS = PAIRS | SRPO | SFT | POLICY_GRADIENT | KTO | SPPO
 
 
 def plant(bug: Bug) -> None:
@@ -263,7 +28,7 @@ def plant(bug: Bug) -> None:
     module = importlib.import_module("upturn." + bug.file.removesuffix(".py").replace("/", "."))
     source = Path(str(module.__file__)).read_text()
     assert source.count(bug.right) == 1, f"{bug.file} holds {source.count(bug.right)} times {bug.right!r}"
-    wrong = {"__name__": module.__name__}
+    wrong: dict[str, Any] = {"__name__": module.__name__}
     exec(compile(source.replace(bug.right, bug.wrong), bug.file, "exec"), wrong)
     for name, function in vars(module).items():
         if isinstance(function, FunctionType) and function.__module__ == module.__name__:
@@ -300,6 +65,7 @@ if __name__ == "__main__":
     here = Path(sys.argv[1])
     with (here / "collected.txt").open("w") as file, contextlib.redirect_stdout(file):
         run(sorted({bug.caught_by.split("::")[0] for bug in BUGS.values()}), "--collect-only")  # imports everything
+    gc.freeze()  # pytest collects garbage ten times: no child needs to look through what all share
     said = here / "said.txt"
     found = {"none": verdict(None, said)} | {name: verdict(bug, said) for name, bug in BUGS.items()}
     (here / "outcome.json").write_text(json.dumps(found))

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import planted
 import pytest
+from bugs import BUGS
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_without_a_bug_they_pass(outcome: dict[str, Any]):
     assert outcome["none"]["code"] == 0, outcome["none"]["said"]
 
 
-@pytest.mark.parametrize("bug", planted.BUGS)
+@pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_makes_its_test_fail(outcome: dict[str, Any], bug: str):
     assert outcome[bug]["code"] == pytest.ExitCode.TESTS_FAILED, outcome[bug]["said"]
     assert "1 failed" in outcome[bug]["said"]

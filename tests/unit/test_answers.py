@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -76,9 +77,9 @@ class TestAnswers:
                 other.request,
             )
 
-    def test_a_critique_that_ends_the_chain_is_left_out(self):
+    def test_a_critique_that_ends_the_chain_counts_for_the_answer_before_it(self):
         [folded] = answers([Attempt(CHAIN.prompt, (ANSWER, CRITIQUE))])
-        assert folded.drafts == (ANSWER,)
+        assert folded.drafts == (replace(ANSWER, num_tokens_told=2 + 8),)
 
     def test_attempts_without_critiques_stay_the_same(self):
         plain = Attempt(CHAIN.prompt, (ANSWER, draft(1, "4", 2, (0,))))

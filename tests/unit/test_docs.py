@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -27,14 +28,13 @@ def blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
-def example(room: str, folder: Path) -> ModuleType:
-    """The example of one room in docs/adding.md, imported as if it lay in the room's folder."""
+def example(room: str, folder: Path, number: int = 0) -> ModuleType:
+    """An example of one room in docs/adding.md, imported as if it lay in the room's folder."""
     text = (ROOT / "docs" / "adding.md").read_text()
     section = next(part for part in text.split("\n## ") if f"`{room}/NAME.py`" in part.split("\n")[0])
-    found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert found
-    path = folder / f"example_{room}.py"
-    path.write_text(found[1])
+    found = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    path = folder / f"example_{room}_{number}.py"
+    path.write_text(found[number])
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -92,11 +92,22 @@ def test_the_task_the_scorer_and_the_selection_work_together(tmp_path: Path):
     assert [(pair.chosen.index, pair.rejected.index) for pair in chosen.pairs] == [(1, 0)]
 
 
+def test_the_rule_for_groups_weighs_complete_drafts(tmp_path: Path):
+    module = example("selection", tmp_path, number=1)
+    whole = draft(0, "a")
+    attempt = Attempt(Prompt("p", "q"), (whole, replace(draft(1, "b"), finish_reason="length"), draft(2, "c")))
+    scores = (Score(0.5, False), Score(1.0, True), Score(0.0, False))
+    assert module.select([replace(attempt, scores=scores)], module.Config()).examples[0].values == (0.5, None, None)
+    nothing = module.select([replace(attempt, scores=scores[2:] * 3)], module.Config())
+    assert (nothing.examples, nothing.dropped) == ([], {"worthless": 1})
+
+
 def test_the_recipe_takes_its_config(tmp_path: Path):
     module = example("recipes", tmp_path)
     data = yaml.safe_load(blocks("docs/adding.md", "yaml")[0])
-    assert data.pop("recipe") == "rejection"
-    assert module.Config.model_validate(data).strategy.cfg.turns == 8
+    assert data.pop("recipe") == "weighted"
+    cfg = module.Config.model_validate(data)
+    assert (cfg.iterations, cfg.samples, cfg.scorer.name) == (2, 8, "exact")
 
 
 def test_the_config_of_the_readme_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upturn import registry
-from upturn.selection import best_vs_worst, consistency, last_vs_first, repairs, right_vs_wrong
+from upturn.selection import best_vs_worst, consistency, flips, last_vs_first, right_vs_wrong
 from upturn.selection._base import Selection, label_precision
 from upturn.types import Attempt, Draft, Group, Pair, Prompt, Score
 
@@ -172,9 +172,9 @@ class TestRightVsWrong:
         assert self.select(one).dropped == {reason: 1}
 
 
-class TestRepairs:
+class TestFlips:
     def select(self, one: Attempt, **config: Any) -> Selection:
-        return repairs.select([one], repairs.Config(**config))
+        return flips.select([one], flips.Config.model_validate({"kinds": "repairs"} | config))
 
     def test_the_repair_against_the_draft_that_it_was_shown(self):
         [pair] = (selection := self.select(attempt([0.0, 0.5, 1.0, 1.0]))).pairs
@@ -194,6 +194,15 @@ class TestRepairs:
     def test_a_chain_may_be_repaired_twice(self):
         assert indices(self.select(attempt([0.0, 1.0, 0.0, 1.0]), pairs_per_prompt=2)) == [(1, 0), (3, 2)]
 
+    def test_a_damage_is_the_draft_shown_against_its_refinement(self):
+        star = attempt([1.0, 0.0, 1.0, 0.5], shown=lambda i: (0,) if i else ())
+        assert indices(self.select(star, kinds="damages", pairs_per_prompt=2)) == [(0, 1), (0, 3)]
+        assert self.select(star).dropped == {"no flip": 1}
+
+    def test_both_kinds_come_in_the_order_of_the_refinements(self):
+        chain = attempt([0.0, 1.0, 0.0, 1.0])
+        assert indices(self.select(chain, kinds="both", pairs_per_prompt=3)) == [(1, 0), (1, 2), (3, 2)]
+
     def test_a_repair_is_taken_once(self):
         again = attempt([0.0, 1.0, 0.0, 1.0], "abcb")
         assert indices(self.select(again, pairs_per_prompt=2)) == [(1, 0)]
@@ -207,7 +216,7 @@ class TestRepairs:
             (attempt([NAN, NAN]), "no score"),
             (attempt([0.0, 1.0], shown=lambda i: ()), "nothing refined"),
             (attempt([NAN, 1.0]), "nothing refined"),
-            (attempt([1.0, 1.0, 0.0]), "no repair"),
+            (attempt([1.0, 1.0, 0.0]), "no flip"),
             (attempt([0.0, 1.0], cut=(1,)), "cut"),
             (attempt([0.0, 1.0], cut=(0,)), "cut"),
             (attempt([0.0, 1.0], "aa"), "same text"),

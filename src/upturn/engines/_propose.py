@@ -9,8 +9,9 @@ Everything here is a pure function of token ids and counts.
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 BREAK = -1
 """Ends each draft in the source; no token has this id."""
@@ -25,7 +26,9 @@ SURE = 3
 HOPE = 0.8
 """Chance that a proposed token is accepted, before anything is known: high, so that it is tried."""
 WEIGHT = 8
-"""How many judged tokens the hope is worth."""
+"""How many judged tokens a chance that is only expected is worth."""
+MOST = 8
+"""Most proposed tokens of a step, in fixed costs: beyond, the fixed cost is less than an eighth of the whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +77,53 @@ def begin(drafts: Sequence[Sequence[int]], end_ids: Collection[int]) -> Pointer:
 
 def _agreement(source: Sequence[int], end: int, output: Sequence[int]) -> int:
     """How many tokens before `end` equal the output's last ones, at most `LONGEST`."""
-    pairs = zip(reversed(source[max(0, end - LONGEST) : end]), reversed(output[-LONGEST:]), strict=False)
-    size = 0
-    for one, other in pairs:
-        if one != other:
-            break
-        size += 1
-    return size
+    return num_equal(source[max(0, end - LONGEST) : end][::-1], output[-LONGEST:][::-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a forward pass costs besides its tokens, in tokens. Measured by benchmarks/verify_cost.py."""
+
+    fixed: float
+    """To read the weights once, and to start every operation."""
+    row: float
+    """For the keys and values of one slot."""
+
+
+COSTS = {"cpu": Cost(fixed=32, row=0.4), "cuda": Cost(fixed=256, row=0)}
+"""By device. cpu: SmolLM2-135M, bfloat16, 256 tokens a slot, one core without AMX; small models and AMX have a greater
+fixed part. cuda: not measured; an H100 is bound by memory up to some 300 tokens."""
+NO_SAVING = Cost(fixed=0, row=0)
+"""Of a device that nobody measured: nothing is ever proposed."""
+
+
+def allot(chances: Sequence[float], limits: Sequence[int], cost: Cost, most: int) -> list[int]:
+    """How many tokens to propose for each row of a step, at most `limits` each and `most` in all.
+
+    With chance `p` per token, the first `k` proposals of a row bring `p + p^2 + ... + p^k` tokens, and a step of `B`
+    rows brings one token a row besides. So the step emits
+
+        (B + sum over rows of p + ... + p^k) / (fixed + row * B + B + sum over rows of k)
+
+    tokens per unit of cost. The k-th proposal of a row adds `p^k` above and 1 below, so it raises the quotient exactly
+    while `p^k` is greater than it. These gains only fall along a row: to take the best remaining one as long as it
+    pays gives the maximum. One row proposes much at little hope, a full batch only what is nearly certain.
+
+    Context that is computed in the same step is left out: it costs the same whatever is proposed.
+    """
+    batch = len(chances)
+    counts, emitted, spent = [0] * batch, float(batch), cost.fixed + (cost.row + 1) * batch
+    gains = [(-p, row) for row, (p, limit) in enumerate(zip(chances, limits, strict=True)) if limit > 0]
+    heapq.heapify(gains)
+    while gains and sum(counts) < most and -gains[0][0] * spent > emitted:
+        gain, row = gains[0]
+        counts[row] += 1
+        emitted, spent = emitted - gain, spent + 1
+        if counts[row] < limits[row]:
+            heapq.heapreplace(gains, (gain * chances[row], row))
+        else:
+            heapq.heappop(gains)
+    return counts
 
 
 @dataclass(slots=True)
@@ -100,31 +143,39 @@ class Tally:
         return (self.accepted + WEIGHT * expected) / (self.judged + WEIGHT)
 
 
-def allot(chances: Sequence[float], limits: Sequence[int], free: int, most: int) -> list[int]:
-    """How many tokens to propose for each row of a step, at most `limits` each and `most` in all.
+@dataclass(slots=True)
+class Copying:
+    """What one running draft has copied so far."""
 
-    With chance `p` per token, the first `k` proposals of a row bring `p + p^2 + ... + p^k` tokens, and a step of `B`
-    rows brings one token a row besides. A forward of `n` tokens costs as much as `free + n` tokens (measured:
-    benchmarks/verify_cost.py). So the step emits
+    pointer: Pointer
+    tally: Tally = field(default_factory=Tally)
 
-        (B + sum over rows of p + ... + p^k) / (free + B + sum over rows of k)
 
-    tokens per unit of cost. The k-th proposal of a row adds `p^k` above and 1 below, so it raises the quotient exactly
-    while `p^k` is greater than it. These gains only fall along a row: to take the best remaining one as long as it
-    pays gives the maximum. One row proposes much at little hope, a full batch only what is nearly certain.
+class Proposer:
+    """Proposes for the drafts of a run, and learns how often that works. It counts and never looks at a clock."""
 
-    Context that is computed in the same step is left out: it costs the same whatever is proposed.
-    """
-    counts = [0] * len(chances)
-    emitted, cost = float(len(chances)), float(free + len(chances))
-    gains = [(-p, row) for row, (p, limit) in enumerate(zip(chances, limits, strict=True)) if limit > 0]
-    heapq.heapify(gains)
-    while gains and sum(counts) < most and -gains[0][0] * cost > emitted:
-        gain, row = gains[0]
-        counts[row] += 1
-        emitted, cost = emitted - gain, cost + 1
-        if counts[row] < limits[row]:
-            heapq.heapreplace(gains, (gain * chances[row], row))
-        else:
-            heapq.heappop(gains)
-    return counts
+    def __init__(self, cost: Cost) -> None:
+        self.cost = cost
+        self._tallies = defaultdict[int, Tally](Tally)
+
+    def propose(self, drafts: Sequence[Copying], rooms: Sequence[int]) -> list[tuple[int, ...]]:
+        """What each draft may go on with, at most so many tokens; often nothing."""
+        chances = [draft.tally.chance(self._tally(draft).chance(HOPE)) for draft in drafts]
+        limits = [len(draft.pointer.proposal(room)) for draft, room in zip(drafts, rooms, strict=True)]
+        counts = allot(chances, limits, self.cost, round(MOST * self.cost.fixed))
+        return [draft.pointer.proposal(count) for draft, count in zip(drafts, counts, strict=True)]
+
+    def learn(self, draft: Copying, accepted: int, proposed: int) -> None:
+        """What became of a proposal, told before the pointer moves on."""
+        draft.tally.add(accepted, proposed)
+        self._tally(draft).add(accepted, proposed)
+
+    def _tally(self, draft: Copying) -> Tally:
+        """Of all proposals made behind as many equal tokens."""
+        return self._tallies[min(draft.pointer.matched, SURE)]
+
+
+def num_equal(guess: Sequence[int], chosen: Sequence[int]) -> int:
+    """How many tokens agree before the first that does not."""
+    pairs = enumerate(zip(guess, chosen, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(guess), len(chosen)))

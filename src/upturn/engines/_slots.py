@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from upturn.models._attention import How, hidden, sdpa
 
+GROW = 128
+"""Slots grow by whole steps of this many tokens."""
 PADDED = 2
-"""Proposals of different lengths are padded to one call while that makes at most so many times their number."""
+"""Proposals of different lengths go into one attention call while padding makes at most so many times their number."""
 
 
 class Slots:
@@ -20,46 +23,75 @@ class Slots:
     Tokens lie from place 0 of their slot without gaps, so a context that begins like the slot's old one reuses it.
     """
 
-    def __init__(self, config: object, size: int, length: int, like: Tensor) -> None:
-        self.size, self.length = size, length
+    def __init__(self, config: object, size: int, like: Tensor) -> None:
+        self.size = size
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads  # type: ignore[attr-defined]
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # type: ignore[attr-defined]
         layers: int = config.num_hidden_layers  # type: ignore[attr-defined]
-        shape = (layers, size, heads, length, width)
-        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.keys = torch.zeros((layers, size, heads, GROW, width), dtype=like.dtype, device=like.device)
         self.values = torch.zeros_like(self.keys)
+
+    @property
+    def length(self) -> int:
+        """Tokens that fit into a slot."""
+        return self.keys.shape[3]
+
+    def reserve(self, length: int) -> None:
+        """Make every slot at least this long."""
+        if length > self.length:
+            more = -(-length // GROW) * GROW - self.length
+            self.keys, self.values = (nn.functional.pad(old, (0, 0, 0, more)) for old in (self.keys, self.values))
+
+    def copy(self, source: int, target: int, first: int, last: int) -> None:
+        """Copy the places from `first` up to `last` of one slot into another."""
+        for held in (self.keys, self.values):
+            held[:, target, :, first:last] = held[:, source, :, first:last]
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange the first tokens of two slots."""
+        for held in (self.keys, self.values):
+            held[:, [one, other], :, :length] = held[:, [other, one], :, :length]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """New tokens of one slot in a forward pass."""
+
+    slot: int
+    start: int
+    """Tokens that the slot holds already."""
+    count: int
+    """New tokens."""
+    asked: int
+    """Of how many of these, the last ones, the next token is wanted: one, and one for each proposed token."""
 
 
 class StepPlan:
     """One forward pass: some slots each get new tokens, which see the slot's earlier tokens and each other.
 
-    rows       slots that take part
-    starts     tokens already in each slot
-    counts     new tokens of each slot; they lie one slot after the other in the flat step
-    asked      of how many of these, the last ones, the next token is wanted: one and the proposals
-
-    Slots that decode bring one token and their proposals, slots that begin bring their context. The last tokens of
-    every slot form one attention call over the cache as it lies; the earlier ones form a second one.
+    The new tokens lie one slot after the other in the flat step. Slots that decode bring one token and what is
+    proposed behind it, slots that begin bring their context. The last tokens of every slot form one attention call
+    over the cache as it lies; the earlier ones form a second one.
     """
 
-    def __init__(
-        self,
-        slots: Slots,
-        rows: Sequence[int],
-        starts: Sequence[int],
-        counts: Sequence[int],
-        asked: Sequence[int],
-    ) -> None:
+    def __init__(self, slots: Slots, spans: Sequence[Span]) -> None:
         self.slots = slots
         device = slots.keys.device
-        spans = list(zip(rows, starts, counts, accumulate(counts), strict=True))
-        self.row_T = torch.tensor([row for row, _, count, _ in spans for _ in range(count)], device=device)
-        self.place_T = torch.tensor([start + i for _, start, count, _ in spans for i in range(count)], device=device)
-        wanted = [place for end, n in zip(accumulate(counts), asked, strict=True) for place in range(end - n, end)]
-        self.asked_N = torch.tensor(wanted, device=device)
-        tail = max(asked) if len(asked) * max(asked) <= PADDED * sum(asked) else 1
-        last = [(row, end - min(n, tail), start + n - min(n, tail), min(n, tail)) for row, start, n, end in spans]
-        rest = [(row, end - n, start, n - tail) for row, start, n, end in spans if n > tail]
+        ends = list(accumulate(span.count for span in spans))
+        self.row_T = torch.tensor([s.slot for s in spans for _ in range(s.count)], device=device)
+        self.place_T = torch.tensor([s.start + i for s in spans for i in range(s.count)], device=device)
+        asked = [place for s, end in zip(spans, ends, strict=True) for place in range(end - s.asked, end)]
+        self.asked_N = torch.tensor(asked, device=device)
+        """Places in the flat step whose next token is wanted."""
+        tail = max(span.asked for span in spans)
+        if tail * len(spans) > PADDED * len(asked):
+            tail = 1
+        last, rest = [], []
+        for s, end in zip(spans, ends, strict=True):
+            now = min(s.count, tail)
+            last.append((s.slot, end - now, s.start + s.count - now, now))
+            rest.append((s.slot, end - s.count, s.start, s.count - now))
+        rest = [query for query in rest if query[3]]
         self._parts = [_Part(part, slots.length, device) for part in (last, rest) if part]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:

@@ -154,9 +154,7 @@ class Api:
     async def _attempt(self, prompt: Prompt, generate: Generate) -> Attempt | None:
         calls: list[asyncio.Task[Draft]] = []
 
-        async def sample(
-            prompt: Prompt, shown: Sequence[Draft], request: str = "", kind: Kind = "answer"
-        ) -> Draft:
+        async def sample(prompt: Prompt, shown: Sequence[Draft], request: str = "", kind: Kind = "answer") -> Draft:
             asked = self._draft(prompt, shown, len(calls), request)
             calls.append(asyncio.create_task(asked))
             return replace(await calls[-1], kind=kind, turn=_base.next_turn(shown, kind))

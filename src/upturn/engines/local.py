@@ -3,6 +3,13 @@
 A strategy is a coroutine that asks for one draft after another; the engine mixes drafts of all prompts and turns in
 one batch. When a draft ends, its slot goes to the next turn of the same prompt, which reuses the question and, where
 the template allows, the draft itself.
+
+A refinement is guessed from the drafts it was shown (`_propose`): the guess is fed along with the last token, every
+place chooses its token with its own uniform number, and tokens count up to the first that was not the guess. So a
+draft is the same with and without speculation, at any temperature, where logits are the same: in float32 up to
+rounding, which moves a token only where a uniform number falls within it. In bfloat16 the last bits of a logit depend
+on the batch's shape, so drafts part at near-ties; their distribution is the same. How much is proposed follows from
+counts and never from a clock: the same run gives the same bytes.
 """
 
 from __future__ import annotations
@@ -11,14 +18,17 @@ import asyncio
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from upturn.engines import _base, sampling
+from upturn.engines import _base, _propose, sampling
 from upturn.engines._base import Generate
-from upturn.engines._slots import Slots, StepPlan
+from upturn.engines._propose import Copying, Proposer
+from upturn.engines._slots import Slots, Span, StepPlan
 from upturn.errors import DataError
 from upturn.models import policy
 from upturn.models.chat import Chat
@@ -26,8 +36,6 @@ from upturn.types import Attempt, Draft, FinishReason, Kind, Prompt
 
 PREFILL_TOKENS = 4096
 """Most context tokens computed in one forward pass."""
-GROW = 128
-"""Slots grow by whole steps of this many tokens."""
 
 
 @dataclass(order=True, slots=True)
@@ -39,6 +47,7 @@ class _Request:
     turn: int = field(compare=False)
     uniforms: Any = field(compare=False)
     done: asyncio.Future[Draft] = field(compare=False)
+    copying: Copying = field(compare=False)
     cached: int = field(compare=False, default=0)
     token_ids: list[int] = field(compare=False, default_factory=list)
     logprobs: list[float] = field(compare=False, default_factory=list)
@@ -55,14 +64,24 @@ class _Slot:
 class Local:
     """Engine over a `transformers` model in this process."""
 
-    def __init__(self, model: nn.Module, chat: Chat, cfg: sampling.Config, *, seed: int, slots: int = 64) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        chat: Chat,
+        cfg: sampling.Config,
+        *,
+        seed: int,
+        slots: int = 64,
+        speculate: bool = True,
+    ) -> None:
         self.model, self.chat, self.cfg, self.seed, self.num_slots = model.eval(), chat, cfg, seed, slots
         self.device = next(model.parameters()).device
         config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
         self.longest = int(config.max_position_embeddings)
         self.max_new_tokens = cfg.max_new_tokens or 256
+        self.speculate = speculate
         self._config = config
-        self.num_forwards = 0
+        self.num_forwards = self.num_tokens_computed = self.num_proposed = self.num_accepted = 0
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Every question must say something and leave room for an answer, else DataError for the first."""
@@ -92,10 +111,11 @@ class Local:
         self, prompts: Sequence[Prompt], generate: Generate, on_draft: Callable[[Draft], None]
     ) -> list[Attempt]:
         like = next(self.model.parameters())
-        self._cache = Slots(self._config, self.num_slots, GROW, like)
+        self._cache = Slots(self._config, self.num_slots, like)
         self._slots = [_Slot() for _ in range(self.num_slots)]
         self._queue: list[_Request] = []
         self._on_draft = on_draft
+        self._proposer = Proposer(_propose.COSTS.get(self.device.type, _propose.NO_SAVING))
         waiting = list(enumerate(prompts))[::-1]
         live: dict[int, asyncio.Task[list[Draft]]] = {}
         drafts: dict[int, list[Draft]] = {}
@@ -118,9 +138,7 @@ class Local:
     def _sampler(self, order: int) -> Callable[[Prompt, Sequence[Draft]], Any]:
         calls = 0
 
-        async def sample(
-            prompt: Prompt, shown: Sequence[Draft], request: str = "", kind: Kind = "answer"
-        ) -> Draft:
+        async def sample(prompt: Prompt, shown: Sequence[Draft], request: str = "", kind: Kind = "answer") -> Draft:
             nonlocal calls
             index, calls = calls, calls + 1
             asked = _Request(
@@ -130,12 +148,18 @@ class Local:
                 turn=_base.next_turn(shown, kind),
                 uniforms=sampling.uniforms(self.seed, f"{prompt.id}/{index}", self.max_new_tokens),
                 done=asyncio.get_running_loop().create_future(),
+                copying=self._copying([draft for draft in shown if draft.kind == kind]),
             )
             heapq.heappush(self._queue, asked)
             draft = await asked.done
-            return replace(draft, kind=kind, request=request) if request else draft
+            return replace(draft, kind=kind, request=request)
 
         return sample
+
+    def _copying(self, shown: Sequence[Draft]) -> Copying:
+        """A new draft is guessed from those of its kind: an answer is no critique's copy."""
+        drafts = [draft.token_ids for draft in shown] if self.speculate else []
+        return Copying(_propose.begin(drafts, self.chat.end_ids))
 
     def _admit(self) -> None:
         """Give free slots to waiting requests. Siblings with one context wait until the first of them is computed."""
@@ -166,47 +190,65 @@ class Local:
         donor = max(range(self.num_slots), key=lambda r: (_shared(self._slots[r].ids, wanted), -r))
         best = _shared(self._slots[donor].ids, wanted)
         if best > own:
-            self._cache.keys[:, row, :, own:best] = self._cache.keys[:, donor, :, own:best]
-            self._cache.values[:, row, :, own:best] = self._cache.values[:, donor, :, own:best]
+            self._cache.copy(donor, row, own, best)
         slot.ids = list(wanted[: max(own, best)])
         slot.prompt, slot.request, request.cached = request.order[0], request, len(slot.ids)
 
     def _step(self) -> None:
-        """One forward pass: feed what each slot has not seen yet, and sample the next token of each running draft."""
+        """One forward pass: feed what each slot has not seen yet and a guess behind it, and take what is certain."""
         rows = [row for row, slot in enumerate(self._slots) if slot.request is not None]
         if not rows:
             return
         running = [_running(self._slots[row]) for row in rows]
-        starts = [len(self._slots[row].ids) for row in rows]
-        new = [[*r.context, *r.token_ids][start:] for r, start in zip(running, starts, strict=True)]
-        self._reserve(max(start + len(ids) for start, ids in zip(starts, new, strict=True)))
-        plan = StepPlan(self._cache, rows, starts, [len(ids) for ids in new])
-        ids_T = torch.tensor([i for ids in new for i in ids], device=self.device)
-        hidden_T = policy.hidden_states(self.model, ids_T, plan.place_T, plan)
+        guesses = self._proposer.propose([r.copying for r in running], [self._room(r) - 1 for r in running])
+        fed, spans = list[int](), list[Span]()
+        for row, request, guess in zip(rows, running, guesses, strict=True):
+            start = len(self._slots[row].ids)
+            new = [*request.context, *request.token_ids, *guess][start:]
+            spans.append(Span(row, start, len(new), 1 + len(guess)))
+            fed += new
+        self._cache.reserve(max(span.start + span.count for span in spans))
+        plan = StepPlan(self._cache, spans)
+        hidden_T = policy.hidden_states(self.model, torch.tensor(fed, device=self.device), plan.place_T, plan)
         self.num_forwards += 1
-        last_B = torch.tensor([len(ids) for ids in new], device=self.device).cumsum(0) - 1
-        logits = policy.head(self.model, hidden_T[last_B])
-        uniform_B = torch.tensor([r.uniforms[len(r.token_ids)] for r in running], device=self.device)
-        chosen, logprobs = sampling.choose(logits, uniform_B, self.cfg.temperature, self.cfg.top_p)
-        for row, ids, token, logprob in zip(rows, new, chosen.tolist(), logprobs.tolist(), strict=True):
-            self._slots[row].ids.extend(ids)
-            self._take(row, token, logprob)
+        self.num_tokens_computed += len(fed)
+        logits = policy.head(self.model, hidden_T[plan.asked_N])
+        numbers = [r.uniforms[len(r.token_ids) :][: s.asked] for r, s in zip(running, spans, strict=True)]
+        uniform_N = torch.from_numpy(np.concatenate(numbers)).to(self.device)
+        chosen, logprobs = sampling.choose(logits, uniform_N, self.cfg.temperature, self.cfg.top_p)
+        sampled = iter(zip(chosen.tolist(), logprobs.tolist(), strict=True))
+        for row, guess in zip(rows, guesses, strict=True):
+            self._take(row, guess, list(islice(sampled, 1 + len(guess))))
 
-    def _take(self, row: int, token: int, logprob: float) -> None:
+    def _room(self, request: _Request) -> int:
+        """How many tokens a running draft may still get."""
+        size = len(request.token_ids)
+        return min(self.max_new_tokens - size, self.longest - len(request.context) - size)
+
+    def _take(self, row: int, guess: tuple[int, ...], sampled: list[tuple[int, float]]) -> None:
+        """Append sampled tokens up to the first that was not guessed. What was fed behind it will be overwritten."""
         slot = self._slots[row]
-        request = _running(slot)
-        request.token_ids.append(token)
-        request.logprobs.append(logprob)
-        reason: FinishReason | None = None
-        if token in self.chat.end_ids:
-            reason = "stop"
-        elif len(request.token_ids) >= self.max_new_tokens:
-            reason = "length"
-        elif len(request.context) + len(request.token_ids) >= self.longest:
-            reason = "context"
-        if reason:
+        request, copying = _running(slot), _running(slot).copying
+        accepted = _propose.num_equal(guess, [token for token, _ in sampled])
+        self._proposer.learn(copying, accepted, len(guess))
+        self.num_proposed += len(guess)
+        self.num_accepted += accepted
+        for token, logprob in sampled[: accepted + 1]:
+            request.token_ids.append(token)
+            request.logprobs.append(logprob)
+            copying.pointer = copying.pointer.follow(request.token_ids)
+        slot.ids.extend([*request.context, *request.token_ids][len(slot.ids) : -1])
+        if reason := self._reason(request):
             slot.request = None
             self._finish(request, reason)
+
+    def _reason(self, request: _Request) -> FinishReason | None:
+        """Why the draft ends with its last token, if it does."""
+        if request.token_ids[-1] in self.chat.end_ids:
+            return "stop"
+        if self._room(request) > 0:
+            return None
+        return "length" if len(request.token_ids) >= self.max_new_tokens else "context"
 
     def _finish(self, request: _Request, reason: FinishReason) -> None:
         draft = Draft(
@@ -223,23 +265,13 @@ class Local:
         self._on_draft(draft)
         request.done.set_result(draft)
 
-    def _reserve(self, length: int) -> None:
-        """Make every slot at least this long."""
-        if length > self._cache.length:
-            old, wanted = self._cache, -(-length // GROW) * GROW
-            self._cache = Slots(self._config, self.num_slots, wanted, old.keys)
-            self._cache.keys[..., : old.length, :] = old.keys
-            self._cache.values[..., : old.length, :] = old.values
-
     def _compact(self) -> None:
         """Move running drafts to the first slots, so that a shrinking batch costs less."""
         busy = [row for row, slot in enumerate(self._slots) if slot.request is not None]
         holes = [row for row in range(len(busy)) if self._slots[row].request is None]
         for hole, row in zip(holes, reversed(busy), strict=False):
-            size = len(self._slots[row].ids)
-            self._cache.keys[:, hole, :, :size] = self._cache.keys[:, row, :, :size]
-            self._cache.values[:, hole, :, :size] = self._cache.values[:, row, :, :size]
-            self._slots[hole], self._slots[row] = self._slots[row], _Slot()
+            self._cache.swap(hole, row, max(len(self._slots[hole].ids), len(self._slots[row].ids)))
+            self._slots[hole], self._slots[row] = self._slots[row], self._slots[hole]
 
 
 def _shared(ids: list[int], wanted: tuple[int, ...]) -> int:

@@ -27,7 +27,7 @@ class Config(Strict):
     beta: float = Field(default=0.1, gt=0)
     """Inverse strength of the pull away from the reference, per nat."""
     desirable_weight: float = Field(default=1.0, ge=0)
-    """Its paper: desirable_weight times their number within 1 to 4/3 of undesirable_weight times theirs."""
+    """The paper holds (this x their number) / (undesirable_weight x theirs) between 1 and 4/3."""
     undesirable_weight: float = Field(default=1.0, ge=0)
 
 

@@ -8,9 +8,9 @@ Equation       ratio = policy(t) / old(t) for each token t;  old is the model th
                sequence_mean  each draft's mean over its tokens     (GRPO)
                sequence_sum   each draft's sum over its tokens      (REINFORCE, RLOO, SCoRe, arXiv:2409.12917)
 Needs          groups of drafts with advantages A; old log-probs; reference log-probs where a `kl` is above 0.
-Differs        Without `ratio`, k3 has the gradient of KL(reference | policy) and rests elsewhere than at reference
-               exp(reward / kl); GRPO's paper has no `ratio` there: `use_bias_correction_kl: false`. TRL logs entropy,
-               which cannot be had from the log-probs of targets.
+Differs        k3 is weighted by the ratio (arXiv:2512.02556). Without it, as in GRPO's paper and by TRL's default
+               (`use_bias_correction_kl: false`), its gradient is that of KL(reference | policy), and training rests
+               elsewhere than at reference exp(reward / kl). TRL logs entropy; log-probs of targets do not tell it.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from upturn import trees
+from upturn.errors import DataError
 from upturn.models.chat import Chat
 from upturn.numerics import sum_by_sample
 from upturn.objectives._base import CONTEXTS, SIDES, Batch, Row
@@ -50,10 +51,17 @@ def samples_of(example: Example, rows: Rows, chat: Chat) -> list[Sample]:
 def _drafts(group: Group, chat: Chat) -> list[Sample]:
     """Each draft that has a value, in its own context."""
     by_index = {draft.index: draft for draft in group.attempt.drafts}
+    learnt = [d for d, value in zip(group.attempt.drafts, group.values, strict=True) if value is not None]
+    if any(draft.critique for draft in learnt):
+        raise DataError(
+            f"prompt {group.attempt.prompt.id}",
+            "An answer that followed a critique cannot be learnt from: what is kept of it lacks the critique's tokens.",
+            "Sample with a strategy without critiques.",
+        )
+    question = group.attempt.prompt.text
     return [
-        Sample(chat.context(group.attempt.prompt.text, [by_index[i] for i in draft.parents]), draft.token_ids)
-        for draft, value in zip(group.attempt.drafts, group.values, strict=True)
-        if value is not None
+        Sample(chat.context(question, [by_index[i] for i in draft.parents], draft.request), draft.token_ids)
+        for draft in learnt
     ]
 
 

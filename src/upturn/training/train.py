@@ -188,6 +188,12 @@ class _Trainer:
                 sums[name] = sums.get(name, 0.0) + float(metric)
             tree_tokens += len(packed.tree.ids_T)
             row_tokens += packed.tree.num_row_tokens
+        if not weight:
+            raise DataError(
+                f"training {self.job.label}, step {number + 1}",
+                "None of its examples weighs anything.",
+                "Choose a selection that leaves such examples out.",
+            )
         rate = plan.learning_rate(number, len(self.steps), self.job.cfg)
         norm = float(self.optimizer.step(weight, rate))
         if not math.isfinite(norm):
