@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -13,8 +13,6 @@ from upturn.models._attention import How, hidden, sdpa
 
 GROW = 128
 """Slots grow by whole steps of this many tokens."""
-PADDED = 2
-"""Proposals of different lengths go into one attention call while padding makes at most so many times their number."""
 
 
 class Slots:
@@ -69,9 +67,9 @@ class Span:
 class StepPlan:
     """One forward pass: some slots each get new tokens, which see the slot's earlier tokens and each other.
 
-    The new tokens lie one slot after the other in the flat step. Slots that decode bring one token and what is
-    proposed behind it, slots that begin bring their context. The last tokens of every slot form one attention call
-    over the cache as it lies; the earlier ones form a second one.
+    The new tokens lie one slot after the other in the flat step. Slots that decode bring one token and the guess
+    behind it, slots that begin bring their context. The last tokens of every slot, padded to the longest guess, form
+    one attention call over the cache as it lies; the earlier tokens of beginning slots form a second one.
     """
 
     def __init__(self, slots: Slots, spans: Sequence[Span]) -> None:
@@ -84,15 +82,9 @@ class StepPlan:
         self.asked_N = torch.tensor(asked, device=device)
         """Places in the flat step whose next token is wanted."""
         tail = max(span.asked for span in spans)
-        if tail * len(spans) > PADDED * len(asked):
-            tail = 1
-        last, rest = [], []
-        for s, end in zip(spans, ends, strict=True):
-            now = min(s.count, tail)
-            last.append((s.slot, end - now, s.start + s.count - now, now))
-            rest.append((s.slot, end - s.count, s.start, s.count - now))
-        rest = [query for query in rest if query[3]]
-        self._parts = [_Part(part, slots.length, device) for part in (last, rest) if part]
+        runs = [_Run(s.slot, end - s.count, s.start, s.count) for s, end in zip(spans, ends, strict=True)]
+        parts = [[run.last(tail) for run in runs], [run.first(tail) for run in runs if run.count > tail]]
+        self._parts = [_Part(part, slots.length, device) for part in parts if part]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         """See `Plan`: store the new keys and values, then attend over each slot."""
@@ -108,20 +100,42 @@ class StepPlan:
         return out_T[None]
 
 
-class _Part:
-    """Queries of some slots in one padded call: each is (slot, first flat place, first place in the slot, count)."""
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """New tokens of one slot that lie side by side."""
 
-    def __init__(self, queries: Sequence[tuple[int, int, int, int]], length: int, device: torch.device) -> None:
-        rows = [row for row, _, _, _ in queries]
-        whole = rows == list(range(len(rows)))
-        self.rows: slice | Tensor = slice(0, len(rows)) if whole else torch.tensor(rows, device=device)
-        flat, depth, count = (torch.tensor([query[i] for query in queries], device=device)[:, None] for i in (1, 2, 3))
-        span = torch.arange(max(query[3] for query in queries), device=device)
+    slot: int
+    flat: int
+    """First place in the flat step."""
+    place: int
+    """First place in the slot."""
+    count: int
+
+    def last(self, size: int) -> _Run:
+        """The last tokens, at most `size`."""
+        left = self.count - min(size, self.count)
+        return _Run(self.slot, self.flat + left, self.place + left, self.count - left)
+
+    def first(self, size: int) -> _Run:
+        """All but the last `size` tokens."""
+        return replace(self, count=self.count - size)
+
+
+class _Part:
+    """Runs of some slots as the queries of one padded attention call."""
+
+    def __init__(self, runs: Sequence[_Run], length: int, device: torch.device) -> None:
+        slots = [run.slot for run in runs]
+        whole = slots == list(range(len(slots)))
+        self.rows: slice | Tensor = slice(0, len(slots)) if whole else torch.tensor(slots, device=device)
+        columns = zip(*((run.flat, run.place, run.count) for run in runs), strict=True)
+        flat, depth, count = (torch.tensor(column, device=device)[:, None] for column in columns)
+        span = torch.arange(max(run.count for run in runs), device=device)
         self.real = span < count
         self.flat = torch.where(self.real, flat + span, 0)
         self._depth = torch.where(self.real, depth + span, 0)
         # Slots that take part as they lie are read in their whole length: a cut would not be contiguous, and slow.
-        self.top = length if whole else max(at + count for _, _, at, count in queries)
+        self.top = length if whole else max(run.place + run.count for run in runs)
         self._masks: dict[int | None, Tensor] = {}
 
     def mask(self, window: int | None) -> Tensor:

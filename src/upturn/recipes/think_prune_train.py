@@ -23,6 +23,8 @@ class Config(Iterated):
     """Answers per prompt."""
     cap: int = Field(default=1, ge=1)
     """Right answers kept per prompt."""
+    prune: bool = True
+    """Whether wrong answers are left out; the paper's claim is that without this the model stagnates or collapses."""
     start: Literal["base", "last"] = "base"
     """The model that each SFT starts from."""
     data: Literal["replace", "accumulate"] = "replace"
@@ -33,7 +35,7 @@ def run(cfg: Config, lab: Lab) -> None:
     """So many times: think, prune, train."""
     what = Round(
         part("strategies", "parallel", turns=cfg.samples),
-        part("selection", "correct", cap=cfg.cap),
+        part("selection", "correct", cap=cfg.cap, right_only=cfg.prune),
         part("objectives", "sft"),
     )
     model = iterate(cfg, lab, begin(cfg, lab), what, Loop(start=cfg.start, data=cfg.data))

@@ -15,8 +15,10 @@ from upturn.types import Attempt, Group
 
 
 class Config(Strict):
-    """Which right drafts are kept."""
+    """Which drafts are kept."""
 
+    right_only: bool = True
+    """False keeps wrong drafts too: what learning from oneself does without a verifier."""
     cap: int = Field(default=1, ge=1)
     """At most so many of each prompt, in the order they were sampled."""
     unique: bool = True
@@ -35,7 +37,9 @@ def _choose(attempt: Attempt, cfg: Config) -> list[Group] | str:
     scores = judged(attempt)
     if not scores:
         return "no score"
-    right = [draft for draft in attempt.drafts if draft.index in scores and scores[draft.index].right]
+    right = [
+        draft for draft in attempt.drafts if draft.index in scores and (scores[draft.index].right or not cfg.right_only)
+    ]
     if not right:
         return "none right"
     complete = [draft for draft in right if draft.complete]
