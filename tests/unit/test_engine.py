@@ -112,6 +112,15 @@ def test_inversion_draws_from_the_right_distribution():
     torch.testing.assert_close(logprobs, logits.log_softmax(-1).gather(-1, chosen[:, None]).squeeze(-1))
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_rows_are_chosen_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch, top_p: float):
+    logits, uniform = torch.randn(10, 1000), torch.rand(10)
+    whole = sampling.choose(logits, uniform, 0.7, top_p)
+    monkeypatch.setattr(sampling, "CHUNK", {"cpu": 3000})
+    for one, other in zip(whole, sampling.choose(logits, uniform, 0.7, top_p), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_the_nucleus_keeps_the_smallest_sufficient_set():
     # probabilities .6 .3 .08 .02: top_p 0.7 needs the first two
     logits = torch.tensor([[0.6, 0.3, 0.08, 0.02]]).log().repeat(1000, 1)

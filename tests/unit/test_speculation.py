@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from upturn import trees
 from upturn.engines import _propose, local, sampling
-from upturn.engines._propose import BREAK, START, Cost, Pointer, Proposer, Tally, allot, begin, num_equal
+from upturn.engines._propose import BREAK, START, Cost, Pointer, Proposer, Tally, allot, begin, num_equal, rate
 from upturn.models import chat, load, policy
 from upturn.strategies import chain, few_shot, parallel, star
 from upturn.tasks import carry
@@ -111,20 +111,20 @@ class TestAllot:
 
     def test_a_single_draft_proposes_as_long_as_a_token_pays(self):
         # free 4, one row, p 0.5: 1/5 = 0.2 < 0.5 -> 1.5/6 = 0.25 < 0.25? no: one token
-        assert allot([0.5], [9], Cost(4, 0), 99) == [1]
+        assert allot([0.5], [9], Cost(4, 0, 0), 99) == [1]
         # free 9: 0.1 < 0.5 -> 1.5/11 = 0.136 < 0.25 -> 1.75/12 = 0.146 < 0.125? no: two tokens
-        assert allot([0.5], [9], Cost(9, 0), 99) == [2]
+        assert allot([0.5], [9], Cost(9, 0, 0), 99) == [2]
 
     def test_a_full_batch_proposes_only_what_is_nearly_certain(self):
         # 64 rows and 32 free tokens emit 0.67 tokens per unit without proposals
-        assert allot([0.6] * 64, [9] * 64, Cost(32, 0), 999) == [0] * 64
-        assert allot([0.9] * 64, [9] * 64, Cost(32, 0), 999) == [2] * 64
+        assert allot([0.6] * 64, [9] * 64, Cost(32, 0, 0), 999) == [0] * 64
+        assert allot([0.9] * 64, [9] * 64, Cost(32, 0, 0), 999) == [2] * 64
         # keys are read once for all tokens of a slot: 64 / (32 + 0.4 * 64 + 64) = 0.53
-        assert allot([0.6] * 64, [9] * 64, Cost(32, 0.4), 999) == [1] * 64
+        assert allot([0.6] * 64, [9] * 64, Cost(32, 0.4, 0), 999) == [1] * 64
 
     def test_respects_its_limits(self):
-        assert allot([0.99, 0.99, 0.99], [0, 2, 40], Cost(1000, 0), 20) == [0, 2, 18]
-        assert allot([], [], Cost(32, 0), 99) == []
+        assert allot([0.99, 0.99, 0.99], [0, 2, 40], Cost(1000, 0, 0), 20) == [0, 2, 18]
+        assert allot([], [], Cost(32, 0, 0), 99) == []
         assert allot([0.99] * 3, [9] * 3, _propose.NO_SAVING, 0) == [0, 0, 0]
 
     @given(
@@ -134,13 +134,19 @@ class TestAllot:
     )
     def test_nothing_else_emits_more_per_cost(self, rows: list[tuple[float, int]], fixed: float, row: float):
         chances, limits = zip(*rows, strict=True)
+        cost = Cost(fixed, row, 0)
+        best = max(rate(chances, counts, cost) for counts in itertools.product(*(range(n + 1) for n in limits)))
+        assert rate(chances, allot(chances, limits, cost, 99), cost) == pytest.approx(best)
 
-        def rate(counts: Sequence[int]) -> float:
-            gained = sum(p**i for p, k in zip(chances, counts, strict=True) for i in range(1, k + 1))
-            return (len(rows) + gained) / (fixed + row * len(rows) + len(rows) + sum(counts))
+    def test_the_rate_by_hand(self):
+        # tokens 1 + 0.5 + 0.25 and 1; cost 4 fixed, 2 rows of 1.5, 2 proposals, 2 padded queries of 0.25
+        assert rate([0.5, 0.9], [2, 0], Cost(4, 0.5, 0.25)) == pytest.approx(2.75 / (4 + 3 + 2 + 0.5))
 
-        best = max(rate(counts) for counts in itertools.product(*(range(limit + 1) for limit in limits)))
-        assert rate(allot(chances, limits, Cost(fixed, row), 99)) == pytest.approx(best)
+    def test_one_long_guess_does_not_pad_a_whole_batch(self):
+        chances, limits = [0.99, *[0.6] * 31], [40, *[9] * 31]
+        free, padded = (allot(chances, limits, Cost(32, 0.4, pad), 999) for pad in (0, 0.3))
+        assert free[0] > 10
+        assert 1 <= max(padded) <= 3
 
 
 class TestLearning:
@@ -155,7 +161,7 @@ class TestLearning:
         assert tally.chance(0.5) == (6 + 8 * 0.5) / (7 + 8)
 
     def test_misses_end_the_proposals_of_a_full_batch(self):
-        proposer = Proposer(Cost(32, 0))
+        proposer = Proposer(Cost(32, 0, 0))
         drafts = [_propose.Copying(begin([range(30)], [END])) for _ in range(64)]
         assert all(proposer.propose(drafts, [20] * 64))
         for draft in drafts:
@@ -163,7 +169,7 @@ class TestLearning:
         assert not any(proposer.propose(drafts, [20] * 64))
 
     def test_a_draft_is_known_better_than_its_run(self):
-        proposer = Proposer(Cost(32, 0))
+        proposer = Proposer(Cost(32, 0, 0))
         copies, rewrites = (_propose.Copying(begin([range(90)], [END])) for _ in range(2))
         for _ in range(5):
             proposer.learn(copies, accepted=9, proposed=9)
