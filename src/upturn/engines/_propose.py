@@ -93,8 +93,8 @@ class Cost:
 
 
 COSTS = {"cpu": Cost(fixed=32, row=0.4, pad=0.3), "cuda": Cost(fixed=256, row=0, pad=0.3)}
-"""By device. cpu: SmolLM2-135M, bfloat16, 256 tokens a slot, one core without AMX, measured 37, 0.57 and 0.18; the first
-two are rounded to the cautious side, and `pad` 0.3 did better on recorded chains, where a single long guess promised
+"""By device. cpu: SmolLM2-135M, bfloat16, 256 tokens a slot, one core without AMX, measured 37, 0.57 and 0.18. The
+first two are rounded to the cautious side; `pad` 0.3 did better on recorded chains, where a single long guess promised
 more than it kept. cuda: not measured; an H100 is bound by memory up to some 300 tokens."""
 NO_SAVING = Cost(fixed=0, row=0, pad=0)
 """Of a device that nobody measured: nothing is ever proposed."""

@@ -214,7 +214,7 @@ class Local:
         self.num_tokens_computed += len(fed)
         logits = policy.head(self.model, hidden_T[plan.asked_N])
         numbers = [r.uniforms[len(r.token_ids) :][: s.asked] for r, s in zip(running, spans, strict=True)]
-        uniform_N = torch.from_numpy(np.concatenate(numbers)).to(self.device)
+        uniform_N = torch.tensor(np.concatenate(numbers), dtype=torch.float32, device=self.device)
         chosen, logprobs = sampling.choose(logits, uniform_N, self.cfg.temperature, self.cfg.top_p)
         sampled = iter(zip(chosen.tolist(), logprobs.tolist(), strict=True))
         for row, guess in zip(rows, guesses, strict=True):

@@ -1,1 +1,1 @@
-"""Scored drafts into pairs. One file per rule; the folder is the registry."""
+"""Scored drafts into pairs, or groups of drafts with a number each. One file per rule; the folder is the registry."""

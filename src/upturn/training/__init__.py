@@ -1,1 +1,1 @@
-"""Learning from pairs: which rows, which batches, and the optimizer step."""
+"""Learning from pairs and groups: which samples, which batches, and the optimizer step."""
