@@ -266,7 +266,7 @@ def test_a_verifier_that_raises_is_named_with_the_prompt(fails: Run, tmp_path: P
 
 def test_all_pairs_tied_says_how_many(fails: Run, tmp_path: Path, verdicts: None):
     said = fails(with_data(rows(tmp_path, *sums(60)), verifier="python:verdicts.tie"))
-    assert "selection for sft\n    None of 12 prompts gave a pair: " in said
+    assert "selection for sft\n    None of 12 prompts gave an example: " in said
     assert "tied" in said
 
 

@@ -67,7 +67,7 @@ def test_the_formula_counts_the_weights_of_a_real_layer(tiny_model: Path):
     s = module("_roofline").shape(model.config)
     layers = sum(p.numel() for name, p in model.named_parameters() if "layers" in name and p.dim() == 2)
     assert s.layer_weights == layers
-    assert s.head_weights == model.get_output_embeddings().weight.numel()
+    assert s.head_weights == model.lm_head.weight.numel()
 
 
 def test_the_roof_is_the_longer_of_arithmetic_and_memory():
