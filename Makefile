@@ -19,10 +19,11 @@ help:
 	@echo 'make install   build the environment in .venv (Python 3.11 or newer)'
 	@echo 'make demo      run EVOLVE on the embedded world and show its turn table'
 	@echo 'make test      lint, types and tests: all that a change must pass'
-	@echo 'make bench     measure speed and memory into benchmarks/results/'
+	@echo 'make bench     measure speed and memory, rewrite the table of docs/performance.md (BENCH=--quick: a check)'
 	@echo 'make clean     remove .venv and caches; runs/ stays'
 	@echo
 	@echo 'PYTHON=python3.12   another interpreter      TORCH=torch   another build of torch'
+	@echo 'VLLM=, LLAMA=       interpreters that have vllm and llama_cpp, for make bench'
 
 install: $(VENV)/.installed
 
@@ -45,8 +46,12 @@ test: install
 	$(BIN)/python -m pytest
 
 bench: install
-	$(BIN)/python benchmarks/tree_step.py
-	$(BIN)/python benchmarks/chain.py
+	$(BIN)/python benchmarks/startup.py $(BENCH)
+	$(BIN)/python benchmarks/roofline.py $(BENCH)
+	$(BIN)/python benchmarks/tree_step.py $(BENCH)
+	$(BIN)/python benchmarks/chain.py $(BENCH) $(if $(VLLM),--vllm-python $(VLLM)) $(if $(LLAMA),--llama-cpp-python $(LLAMA))
+	$(BIN)/python benchmarks/scale.py $(BENCH)
+	$(BIN)/python benchmarks/table.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,166 +1,211 @@
-"""Drafts per second of a refinement chain: the local engine against `generate` of transformers.
+"""Refinement chains of four turns: our engine against transformers, vLLM and llama.cpp, greedy and at temperature 1.
 
-Measures   the same prompts, turns, contexts (rendered by the same chat), sampling settings, weights and
-           threads. `engine`: Local with 64 slots, drafts of all prompts and turns mixed. `generate`: one call
-           per turn and batch, left-padded, its own KV cache, SDPA. Alternating runs, median; both decode.
-Batches    `generate` runs with batches of 16, 32 and 64 once; 64 and the fastest are then repeated.
-Answers    both sample, so lengths differ a little; tokens per second stand beside drafts per second.
+Measures   the same prompts, contexts (rendered by the same chat), weights in bf16, token limit and threads. Each arm
+           is a process of its own; ours and one peer are up at a time and work in turn. Medians after a warm-up.
+Ours       all prompts and turns mixed in one batch. A peer answers all prompts of a turn in one call, then the next
+           turn; the time is that of its calls alone.
+Batches    `generate` of transformers tries each of `--batches` once; the fastest is measured.
+Answers    lengths differ between arms, since each samples for itself: tokens/s stand beside drafts/s.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import _facts
-import torch
+import _child
+import _rows
+import transformers
+from _child import Answer, Child
 
-from upturn.engines import local, sampling
 from upturn.models import chat, load
-from upturn.strategies import chain
 from upturn.tasks import keywords
-from upturn.tracking import progress
 from upturn.types import Draft, Prompt
 
-BATCHES = (16, 32, 64)
-Chains = list[list[Draft]]
+GOALS = {"generate": ">= 2"}
+NAMES = {
+    "generate": "transformers generate",
+    "continuous": "transformers generate_batch (continuous batching)",
+    "vllm": "vLLM",
+    "llama.cpp": "llama.cpp",
+}
+TEMPERATURES = (0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What both arms have in common."""
+    """What all arms have in common."""
 
     talk: chat.Chat
     prompts: Sequence[Prompt]
-    args: argparse.Namespace
+    turns: int
+    max_new_tokens: int
 
-
-def by_engine(model: Any, s: Setting, seed: int) -> Chains:
-    """The engine's chains."""
-    how = {"temperature": s.args.temperature, "max_new_tokens": s.args.max_new_tokens}
-    engine = local.Local(model, s.talk, sampling.Config.model_validate(how), seed=seed, slots=s.args.slots)
-    attempts = engine.run(s.prompts, partial(chain.generate, cfg=chain.Config(turns=s.args.turns)))
-    return [list(attempt.drafts) for attempt in attempts]
-
-
-def by_generate(model: Any, s: Setting, seed: int, *, batch: int) -> Chains:
-    """The same chains by one `generate` call per turn and batch."""
-    torch.manual_seed(seed)
-    chains: Chains = [[] for _ in s.prompts]
-    for _ in range(s.args.turns):
-        for first in range(0, len(s.prompts), batch):
-            places = range(first, min(first + batch, len(s.prompts)))
-            contexts = [s.talk.context(s.prompts[place].text, chains[place][-1:]) for place in places]
-            answers = _generate(model, s, contexts)
-            for place, context, ids in zip(places, contexts, answers, strict=True):
-                chains[place].append(_draft(chains[place], s.talk, context, ids))
-    return chains
-
-
-def _generate(model: Any, s: Setting, contexts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    width, pad = max(map(len, contexts)), s.talk.end_ids[0]
-    ids = [[pad] * (width - len(context)) + list(context) for context in contexts]
-    mask = [[0] * (width - len(context)) + [1] * len(context) for context in contexts]
-    with torch.inference_mode():
-        out = model.generate(
-            input_ids=torch.tensor(ids),
-            attention_mask=torch.tensor(mask),
-            do_sample=True,
-            temperature=s.args.temperature,
-            top_k=0,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            max_new_tokens=s.args.max_new_tokens,
-            eos_token_id=list(s.talk.end_ids),
-            pad_token_id=pad,
+    def ask_ours(self, arm: Child, temperature: float, seed: int) -> Answer:
+        """All chains by the engine."""
+        return arm.ask(
+            prompts=len(self.prompts),
+            turns=self.turns,
+            temperature=temperature,
+            seed=seed,
+            max_new_tokens=self.max_new_tokens,
         )
-    return [_up_to_end(row, s.talk.end_ids) for row in out[:, width:].tolist()]
 
+    def ask_peer(self, arm: Child, temperature: float, seed: int) -> Answer:
+        """All chains turn by turn, as if it were one call: times and counts are sums over the turns."""
+        chains: list[list[Draft]] = [[] for _ in self.prompts]
+        found: Answer = {"seconds": 0.0, "cpu_seconds": 0.0}
+        for turn in range(self.turns):
+            contexts = [self.talk.context(p.text, c[-1:]) for p, c in zip(self.prompts, chains, strict=True)]
+            answer = arm.ask(
+                turn=turn,
+                contexts=[list(context) for context in contexts],
+                temperature=temperature,
+                seed=seed * self.turns + turn,
+                max_new_tokens=self.max_new_tokens,
+                ends=list(self.talk.end_ids),
+            )
+            for chain, context, ids in zip(chains, contexts, answer.pop("answers"), strict=True):
+                chain.append(self._draft(chain, context, tuple(ids)))
+            found |= answer | {key: round(found[key] + answer[key], 4) for key in _child.CLOCKS}
+        sizes = [len(draft.token_ids) for chain in chains for draft in chain]
+        return found | {"drafts": len(sizes), "tokens": sum(sizes)}
 
-def _up_to_end(ids: list[int], ends: Sequence[int]) -> tuple[int, ...]:
-    stop = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
-    return tuple(ids[:stop])
-
-
-def _draft(before: list[Draft], talk: chat.Chat, context: tuple[int, ...], ids: tuple[int, ...]) -> Draft:
-    reason = "stop" if ids[-1] in talk.end_ids else "length"
-    parents = (before[-1].index,) if before else ()
-    return Draft(len(before), len(before) + 1, parents, talk.decode(ids), ids, (), reason, len(context), 0)
-
-
-def timed(name: str, arm: Callable[[int], Chains], seed: int) -> dict[str, float]:
-    """One run of an arm."""
-    began = time.perf_counter()
-    chains = arm(seed)
-    seconds = time.perf_counter() - began
-    drafts = [draft for drafts in chains for draft in drafts]
-    tokens = sum(len(draft.token_ids) for draft in drafts)
-    run = {
-        "seconds": round(seconds, 3),
-        "drafts_per_second": round(len(drafts) / seconds, 3),
-        "tokens_per_second": round(tokens / seconds, 2),
-        "tokens_per_draft": round(tokens / len(drafts), 2),
-    }
-    print(f"{name}: {run}", flush=True)
-    return run
-
-
-def median(runs: list[dict[str, float]]) -> dict[str, Any]:
-    """Medians over runs, with the runs themselves."""
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]} | {"runs": runs}
+    def _draft(self, before: list[Draft], context: tuple[int, ...], ids: tuple[int, ...]) -> Draft:
+        reason = "stop" if ids[-1] in self.talk.end_ids else "length"
+        parents = (before[-1].index,) if before else ()
+        return Draft(len(before), len(before) + 1, parents, "", ids, (), reason, len(context), 0)
 
 
 def main() -> None:
     """Measure, print, write."""
     args = _arguments()
-    torch.set_num_threads(args.threads)
-    progress.set_mode("quiet")
     task = keywords.load(keywords.Config())
-    ours, theirs = (load.load(args.model, "bfloat16", device="cpu") for _ in range(2))
-    talk = chat.load(ours.tokenizer, ours.end_ids, task.refine_request)
-    few, all_ = (Setting(talk, task.prompts("train", 0, count), args) for count in (2, args.prompts))
-    by_engine(ours.model, few, 0)  # warm-up
-    by_generate(theirs.model, few, 0, batch=2)
-    arms: dict[str, Callable[[int], Chains]] = {"engine": partial(by_engine, ours.model, all_)}
-    for size in BATCHES:
-        arms[f"generate-{size}"] = partial(by_generate, theirs.model, all_, batch=size)
-    runs = {name: [timed(name, arm, 0)] for name, arm in arms.items()}
-    best = max(list(runs)[1:], key=lambda name: runs[name][0]["drafts_per_second"])
-    for seed in range(1, args.repeats):
-        for name in dict.fromkeys(("engine", f"generate-{BATCHES[-1]}", best)):
-            runs[name].append(timed(name, arms[name], seed))
-    _write(args, {name: median(found) for name, found in runs.items()}, best)
+    loaded = load.load(args.model, "bfloat16", device="cpu")
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, task.refine_request)
+    setting = Setting(talk, task.prompts("train", 0, args.prompts), args.turns, args.max_new_tokens)
+    del loaded
+    rows: list[_rows.Row] = []
+    detail: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for peer in args.peers:
+            detail[peer] = found = compare(args, setting, peer, Path(folder))
+            rows += list(rows_of(peer, found, args.clock))
+    for peer in ("generate", "vllm"):
+        title = f"chains of four turns, against {NAMES[peer]}"
+        rows.append(_rows.missing(title, "drafts/s", "gpu", goal=GOALS.get(peer, "")))
+    _rows.write("chain", rows, detail, args)
 
 
-def _write(args: argparse.Namespace, arms: dict[str, Any], best: str) -> None:
-    rate = {name: arm["drafts_per_second"] for name, arm in arms.items()}
-    record = {"benchmark": "chain", "dtype": "bfloat16"} | {k: v for k, v in vars(args).items() if k != "out"}
-    record |= {"where": _facts.facts(), "arms": arms, "best_generate": best}
-    record["speedup_over_generate_64"] = round(rate["engine"] / rate[f"generate-{BATCHES[-1]}"], 3)
-    record["speedup_over_best_generate"] = round(rate["engine"] / rate[best], 3)
-    _facts.write(args.out, record)
-    print(f"engine: {record['speedup_over_best_generate']}x {best}, the best of generate")
-    print(f"written to {args.out}")
+def compare(args: argparse.Namespace, setting: Setting, peer: str, folder: Path) -> dict[str, Any]:
+    """Ours and one peer in turn, at each temperature."""
+    print(f"chains: our engine against {NAMES[peer]}", flush=True)
+    try:
+        options, start = _arm(args, setting, peer, folder)
+        found: dict[str, Any] = {"options": options, "version": f"transformers {transformers.__version__}"}
+        ours = Child("_engine.py", ["--model", args.model, "--slots", str(args.slots), "--threads", str(args.threads)])
+        with ours, start() as theirs:
+            for temperature in args.temperatures:
+                found[str(temperature)] = _alternate(args, setting, (ours, theirs), temperature)
+    except _child.ChildError as error:
+        return {"error": str(error)}
+    return found
+
+
+def _alternate(args: argparse.Namespace, s: Setting, arms: tuple[Child, Child], temperature: float) -> dict[str, Any]:
+    """A B, B A, ...; the first round is a warm-up."""
+    asks: dict[str, Callable[[int], Answer]] = {
+        "engine": lambda seed: s.ask_ours(arms[0], temperature, seed),
+        "peer": lambda seed: s.ask_peer(arms[1], temperature, seed),
+    }
+    runs: dict[str, list[Answer]] = {name: [] for name in asks}
+    for seed in range(args.repeats + 1):
+        for name in asks if seed % 2 else reversed(asks):
+            answer = asks[name](seed)
+            print(f"  temperature {temperature}, {name}: {answer}", flush=True)
+            if seed:
+                runs[name].append(answer)
+    return runs
+
+
+def _arm(args: argparse.Namespace, s: Setting, peer: str, folder: Path) -> tuple[str, Callable[[], Child]]:
+    """How a peer is run, in words and as a process."""
+    threads = ["--threads", str(args.threads)]
+    model = ["--model", args.model, *threads]
+    if peer == "generate":
+        size = _best_batch(args, s, model)
+        return f"bf16, SDPA, batches of {size}", lambda: Child("_generate.py", [*model, "--batch", str(size)])
+    if peer == "continuous":
+        return "bf16, paged cache of 64k tokens", lambda: Child("_generate.py", [*model, "--batch", "0"])
+    if peer == "vllm":
+        options = ["--folder", load.resolve(args.model), "--slots", str(args.slots), *threads]
+        return "bf16, prefix caching", lambda: Child("_vllm.py", options, args.vllm_python)
+    import _gguf
+
+    path = folder / "model.gguf"
+    _gguf.convert(Path(load.resolve(args.model)), path)
+    options = ["--gguf", str(path), "--sequences", str(len(s.prompts)), *threads]
+    words = "the same bf16 weights as GGUF, all prompts of a turn in one batch, cache kept between turns"
+    return words, lambda: Child("_llama_cpp.py", options, args.llama_cpp_python)
+
+
+def _best_batch(args: argparse.Namespace, s: Setting, model: list[str]) -> int:
+    took: dict[int, float] = {}
+    for size in dict.fromkeys(min(size, len(s.prompts)) for size in args.batches):
+        with Child("_generate.py", [*model, "--batch", str(size)]) as arm:
+            took[size] = s.ask_peer(arm, TEMPERATURES[-1], 0)[args.clock]
+        print(f"  generate, batches of {size}: {took[size]:.2f} s", flush=True)
+    return min(took, key=took.__getitem__)
+
+
+def rows_of(peer: str, found: dict[str, Any], clock: str) -> Iterator[_rows.Row]:
+    """Drafts and tokens per second at each temperature."""
+    goal, title = GOALS.get(peer, ""), "chains of four turns"
+    if "error" in found:
+        why = f"{_rows.NOT_MEASURED}: {found['error']}"
+        yield _rows.missing(f"{title}, against {NAMES[peer]}", "drafts/s", "cpu", goal=goal, why=why)
+        return
+    for temperature in [key for key in found if key not in ("options", "version")]:
+        ours, theirs = found[temperature]["engine"], found[temperature]["peer"]
+        how = "greedy" if float(temperature) == 0 else f"temperature {float(temperature):g}"
+        said = {"version": theirs[0].get("version", found["version"]), "options": found["options"]}
+        for unit in ("drafts", "tokens"):
+            rates = [_rate(runs, unit, clock) for runs in (ours, theirs)]
+            own = goal if unit == "drafts" else ""
+            yield _rows.against(f"{title}, {how}, against {NAMES[peer]}", f"{unit}/s", *rates, **said, goal=own)
+
+
+def _rate(runs: list[Answer], unit: str, clock: str) -> float:
+    return _rows.median([{"rate": run[unit] / run[clock]} for run in runs], "rate")
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="A refinement chain: engine against generate.")
+    import sys
+
+    parser = argparse.ArgumentParser(description="Refinement chains: our engine against peers.")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--peers", nargs="+", choices=[*NAMES], default=[*NAMES])
+    parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5, help="measured runs of each arm")
     parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--batches", type=int, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[*TEMPERATURES])
     parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=_facts.HERE / "results" / "chain.json")
-    return parser.parse_args()
+    parser.add_argument("--clock", choices=_child.CLOCKS, default="seconds")
+    parser.add_argument("--vllm-python", default=sys.executable, help="interpreter that can import vllm")
+    parser.add_argument("--llama-cpp-python", default=sys.executable, help="interpreter that can import llama_cpp")
+    parser.add_argument("--quick", action="store_true", help="few prompts, one repeat: a check, not a measurement")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.quick:
+        args.prompts, args.repeats, args.batches, args.slots = 16, 1, [16], 16
+    return args
 
 
 if __name__ == "__main__":

@@ -1,0 +1,146 @@
+"""Arms of a comparison as child processes: one JSON object per line each way, so that each arm has its own peak memory.
+
+The standard library only: peers may live in an environment of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+CLOCKS = ("seconds", "cpu_seconds")
+"""Wall time, and the processor time of the arm: the fairer one where neighbours share the cores."""
+Answer = dict[str, Any]
+
+
+class ChildError(RuntimeError):
+    """An arm ended early; the message is the last line that it wrote."""
+
+
+class Child:
+    """A running arm: `python script *arguments`, asked by `ask` until it is closed."""
+
+    def __init__(self, script: str, arguments: Sequence[str], python: str = sys.executable) -> None:
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
+        self._process = subprocess.Popen(
+            [python, str(HERE / script), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            # Threads of an arm that waits must not take the cores from the one that works.
+            env=os.environ | {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "30000")},
+        )
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def ask(self, **question: Any) -> Answer:
+        """Send a question and wait for its answer. Raises ChildError when the arm ends instead."""
+        assert self._process.stdin and self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            said = [line.strip() for line in self._errors if line.strip()]
+            raise ChildError(said[-1] if said else f"exit code {self._process.returncode}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End the arm."""
+        assert self._process.stdin and self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._errors.close()
+
+
+class Wire:
+    """The arm's end. What libraries print goes to stderr, so the answers stay alone on stdout."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        self._asked = False
+
+    def receive(self) -> Answer | None:
+        """The next question; None when the parent has closed. Memory before the first question does not count."""
+        line = sys.stdin.readline()
+        if line and not self._asked:
+            self._asked = True
+            forget_peak()
+        return json.loads(line) if line else None
+
+    def send(self, answer: Mapping[str, Any]) -> None:
+        """Answer a question, with the arm's peak memory so far."""
+        self._out.write(json.dumps({**answer, "peak_mib": round(resident("VmHWM"), 1)}) + "\n")
+        self._out.flush()
+
+
+def serve(handle: Callable[[Answer], Answer]) -> None:
+    """Answer questions until the parent closes."""
+    wire = Wire()
+    while (question := wire.receive()) is not None:
+        wire.send(handle(question))
+
+
+class Stopwatch:
+    """Wall and processor time since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> Answer:
+        """Both times in seconds, as an answer names them."""
+        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+        return {"seconds": round(wall, 4), "cpu_seconds": round(cpu, 4)}
+
+
+def resident(what: str) -> float:
+    """`VmRSS` (now) or `VmHWM` (highest since `forget_peak`) in MiB; outside Linux the highest ever."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return int(next(line for line in lines if line.startswith(what)).split()[1]) / 2**10
+
+
+def forget_peak() -> None:
+    """Set the high-water mark to what is resident now, so that loading a model does not hide the work."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def alternate(arms: Mapping[str, Child], repeats: int, question: Mapping[str, Any]) -> dict[str, list[Answer]]:
+    """Ask the arms in turn, A B, B A, A B ...; the first round is a warm-up and is dropped."""
+    answers: dict[str, list[Answer]] = {name: [] for name in arms}
+    for round_ in range(repeats + 1):
+        for name in arms if round_ % 2 else reversed(list(arms)):
+            answer = arms[name].ask(**question, round=round_)
+            if round_:
+                answers[name].append(answer)
+            took = f"{answer['seconds']:.2f} s ({answer['cpu_seconds']:.2f} s of processor time)"
+            print(f"  {name}: {took}{'' if round_ else ', warm-up'}", flush=True)
+    return answers

@@ -1,0 +1,63 @@
+"""Our arm of a chain: the local engine, drafts of all prompts and turns in one batch."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+import _child
+import _profile
+import torch
+
+from upturn.engines import local, sampling
+from upturn.models import chat, load
+from upturn.strategies import chain
+from upturn.tasks import keywords
+from upturn.tracking import progress
+from upturn.types import Attempt
+
+
+def counts(attempts: list[Attempt]) -> dict[str, int]:
+    """Drafts, their tokens, the context tokens that had to be computed, and the (query, key) pairs of both."""
+    drafts = [draft for attempt in attempts for draft in attempt.drafts]
+    ends = [(d.cached_tokens, d.prompt_tokens + len(d.token_ids) - 1) for d in drafts]
+    return {
+        "drafts": len(drafts),
+        "tokens": sum(len(draft.token_ids) for draft in drafts),
+        "context_tokens_computed": sum(draft.prompt_tokens - draft.cached_tokens for draft in drafts),
+        "attention_pairs": sum((last - first) * (first + 1 + last) // 2 for first, last in ends),
+    }
+
+
+def main() -> None:
+    """Answer questions with whole chains: the token counts of every draft."""
+    parser = argparse.ArgumentParser(description="Our arm of chain.py.")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    progress.set_mode("quiet")
+    task = keywords.load(keywords.Config())
+    loaded = load.load(args.model, "bfloat16", device="cpu")
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, task.refine_request)
+
+    def chains(question: dict[str, Any]) -> tuple[local.Local, list[Attempt]]:
+        cfg = sampling.Config.model_validate({key: question[key] for key in ("temperature", "max_new_tokens")})
+        engine = local.Local(loaded.model, talk, cfg, seed=question["seed"], slots=args.slots)
+        strategy = partial(chain.generate, cfg=chain.Config(turns=question["turns"]))
+        return engine, engine.run(task.prompts("train", 0, question["prompts"]), strategy)
+
+    def handle(question: dict[str, Any]) -> dict[str, Any]:
+        if question.get("profile"):
+            return {"shares": _profile.of(lambda: chains(question))}
+        watch = _child.Stopwatch()
+        engine, attempts = chains(question)
+        return watch.read() | counts(attempts) | {"forwards": engine.num_forwards}
+
+    _child.serve(handle)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Where the time of a piece of work goes: operators of the torch profiler, gathered into a few groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+GROUPS = {
+    "linear layers": ("mm", "addmm", "linear", "_linear_pointwise", "mkldnn_linear"),
+    "attention": ("bmm", "baddbmm", "_softmax", "_softmax_backward_data", "_scaled_dot_product"),
+    "gathers": ("index", "index_put", "_index_put_impl_", "index_select", "index_add", "index_copy", "gather", "cat"),
+    "copies and casts": ("copy_", "fill_", "zero_", "_to_copy", "clone"),
+    "optimizer": ("_fused_adamw_", "linalg_vector_norm", "_foreach"),
+}
+OTHERS = "element-wise and the rest"
+
+
+def group(operator: str) -> str:
+    """The group of an operator such as `aten::mm`: an exact name, or the beginning of a longer one."""
+    name = operator.rpartition("::")[2]
+    for title, members in GROUPS.items():
+        if name in members or any(len(member) > 8 and name.startswith(member) for member in members):
+            return title
+    return OTHERS
+
+
+def shares(events: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """(operator, its own time) -> share of each group, largest first."""
+    sums: dict[str, float] = {}
+    for operator, took in events:
+        sums[group(operator)] = sums.get(group(operator), 0.0) + took
+    total = sum(sums.values()) or 1.0
+    return {title: round(took / total, 4) for title, took in sorted(sums.items(), key=lambda item: -item[1])}
+
+
+def of(work: Callable[[], object]) -> dict[str, float]:
+    """Shares of one call, after one to warm up."""
+    from torch.profiler import ProfilerActivity, profile
+
+    work()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        work()
+    return shares((event.key, event.self_cpu_time_total) for event in seen.key_averages())

@@ -1,0 +1,89 @@
+"""The table of docs/performance.md, rewritten from all files of benchmarks/results: no number is typed by hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import _facts
+import _rows
+
+DOCUMENT = _facts.HERE.parent / "docs" / "performance.md"
+BEGIN, END = "<!-- table: written by benchmarks/table.py -->", "<!-- end of table -->"
+COLUMNS = ("what", "device", "unit", "ours", "peer", "ratio", "goal", "met", "how the peer ran")
+NO = "–"
+
+
+def main() -> None:
+    """Read the results, rewrite the table."""
+    parser = argparse.ArgumentParser(description="Rewrite the table of docs/performance.md.")
+    parser.add_argument("--results", type=Path, default=_rows.RESULTS)
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    args = parser.parse_args()
+    records = read(args.results)
+    args.document.write_text(replace(args.document.read_text(), markdown(records)))
+    print(f"{sum(len(record['rows']) for record in records)} rows written to {args.document}")
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The records that have rows, by name of their file."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [record for record in records if record.get("rows")]
+
+
+def markdown(records: Sequence[dict[str, Any]]) -> str:
+    """One table per benchmark, each below the machine that measured it."""
+    return "\n\n".join("\n".join((*heading(record), "", *table(record["rows"]))) for record in records)
+
+
+def heading(record: dict[str, Any]) -> Iterable[str]:
+    """What was run, and where."""
+    where = record["where"]
+    yield f"### {record['benchmark']}"
+    yield ""
+    quick = " **A quick check, not a measurement.**" if record["options"].get("quick") else ""
+    clock = "processor time" if record["options"].get("clock") == "cpu_seconds" else "wall time"
+    cores = f"{where['cores']} cores, {record['options'].get('threads', where['threads'])} threads"
+    machine = f"{where['cpu']} ({where['cpu_id']}), {cores}, {where['memory_gib']} GiB"
+    versions = f"Python {where['python']}, torch {where['torch']}, transformers {where['transformers']}"
+    changed = f" with {where['changed_files']} changed files" if where["changed_files"] else ""
+    yield f"`{record['command']}`: {machine}; {versions}; commit {where['commit'][:10]}{changed}, {where['date'][:10]};"
+    yield f"load {where['load_average']} when written; {clock}.{quick}"
+
+
+def table(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
+    """The rows as Markdown."""
+    yield f"| {' | '.join(COLUMNS)} |"
+    yield f"|{'---|' * len(COLUMNS)}"
+    for row in rows:
+        one = _rows.Row.model_validate(row)
+        yield f"| {' | '.join(cell.replace('|', '/') for cell in cells(one))} |"
+
+
+def cells(one: _rows.Row) -> tuple[str, ...]:
+    """The cells of a row."""
+    met = {True: "yes", False: "no", None: NO}[one.met]
+    how = "; ".join(part for part in (one.peer_version, one.peer_options, one.note) if part)
+    numbers = (number(one.ours), number(one.peer), number(one.ratio))
+    return (one.name, one.device, one.unit, *numbers, one.goal or NO, met, how or NO)
+
+
+def number(value: float | None) -> str:
+    """At most four significant digits, without an exponent."""
+    return NO if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def replace(document: str, written: str) -> str:
+    """The document with what stands between the markers exchanged. Raises ValueError where there are none."""
+    head, begin, rest = document.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the document has no {BEGIN!r} before {END!r}")
+    return f"{head}{BEGIN}\n\n{written}\n\n{END}{tail}"
+
+
+if __name__ == "__main__":
+    main()
