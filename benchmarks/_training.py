@@ -15,6 +15,7 @@ import _profile
 import torch
 
 from upturn import trees
+from upturn.lab._memory import keep_freed
 from upturn.models import chat, load, policy
 from upturn.objectives import evolve
 from upturn.tasks import keywords
@@ -144,6 +145,7 @@ def main() -> None:
     add_arguments(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed()  # as every training does
     progress.set_mode("quiet")
     loaded = load.load(args.model, "bfloat16", device="cpu")
     found = data(args.profile, args.pairs, loaded)

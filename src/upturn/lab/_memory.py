@@ -1,11 +1,27 @@
-"""Peak memory of one step: of the GPU where there is one, else of this process."""
+"""Memory of this process: the peak of one step, and pages that are kept instead of asked for again."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
 from pathlib import Path
 from typing import Any
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Names of glibc's mallopt(3)."""
+
+
+def keep_freed() -> None:
+    """Let the allocator keep freed memory. Without a word where the C library is not glibc.
+
+    The large tensors of every step are else given back to the system and taken again, page by page: about a tenth of
+    the time of a training step on a CPU, for about a twentieth more memory.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def forget_peak() -> None:

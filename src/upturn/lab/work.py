@@ -19,6 +19,7 @@ from upturn.engines import api, local, sampling
 from upturn.engines._base import Generate
 from upturn.errors import RunError
 from upturn.evaluation.summary import Summary
+from upturn.lab._memory import keep_freed
 from upturn.lab.store import write_text
 from upturn.models import card, chat, load, policy
 from upturn.strategies._base import num_drafts
@@ -180,6 +181,7 @@ def train(
     s: Settings,
 ) -> dict[str, Any]:
     """Train and save the model; the checkpoint goes once the model is whole."""
+    keep_freed()
     talk = chat.load(loaded.tokenizer, loaded.end_ids, s.request, s.options.layout)
     job = training.Job(
         objective=how.objective.module,
