@@ -21,7 +21,7 @@ class Config(Run):
     upstream: str
     """The frozen model whose answers are corrected."""
     serves: tuple[str, ...] = ()
-    """Further upstream models that the corrector is measured behind."""
+    """Further upstream models that the corrector is measured behind, as "upstream 2" and so on."""
     prompts: int = Field(default=500, ge=1)
     sampling: Sampling = Sampling()
     samples: int = Field(default=8, ge=2)
@@ -38,7 +38,7 @@ def run(cfg: Config, lab: Lab) -> None:
     upstream, corrector = lab.load(cfg.upstream), lab.load(cfg.model)
     strategy = part("strategies", "parallel", turns=cfg.samples)
     prompts = Prompts(lab)
-    behind = {name: lab.load(name) for name in cfg.serves} | {"upstream": upstream}
+    behind = {f"upstream {n}": lab.load(name) for n, name in enumerate(cfg.serves, 2)} | {"upstream": upstream}
 
     def measure(model: Model, label: str, iteration: int = 0) -> None:
         for name, other in behind.items():
