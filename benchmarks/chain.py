@@ -26,7 +26,7 @@ from upturn.models import chat, load
 from upturn.tasks import keywords
 from upturn.types import Draft, Prompt
 
-GOALS = {"generate": ">= 2"}
+GOALS = {"generate": ">= 8", "continuous": ">= 3", "vllm": ">= 1", "llama.cpp": ">= 1"}
 NAMES = {
     "generate": "transformers generate",
     "continuous": "transformers generate_batch (continuous batching)",
