@@ -84,6 +84,8 @@ def write(benchmark: str, rows: Sequence[Row], detail: dict[str, Any], args: Any
     """`results/<benchmark>.json`, or the file that `--out` names."""
     path = getattr(args, "out", None) or RESULTS / f"{benchmark}.json"
     options = {name: value for name, value in vars(args).items() if name not in PLACES}
+    if "model" in options:  # of a folder, its name is enough
+        options["model"] = "/".join(Path(args.model).parts[-2:])
     record = {"benchmark": benchmark, "command": f"python benchmarks/{Path(sys.argv[0]).name}", "options": options}
     record |= {"where": _facts.facts(), "rows": [row.model_dump() for row in rows], "detail": detail}
     _facts.write(path, record)

@@ -23,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import _facts
+import _rows
 import torch
 
 from upturn.engines import local, sampling
@@ -197,11 +197,7 @@ def main() -> None:
         mixed[slots] = found = alternating(f"{slots} slots", arm, args.repeats)
         found["speedup"] = round(found["without"]["seconds_per_token"] / found["with"]["seconds_per_token"], 3)
         print(f"{slots} slots: chains are {found['speedup']} times as fast with speculation", flush=True)
-    told = {name: value for name, value in vars(args).items() if name != "out"}
-    told["model"] = "/".join(Path(args.model).parts[-2:])
-    found = {"where": _facts.facts(), "by_turn": turns, "refilled": mixed}
-    _facts.write(args.out, {"benchmark": "speculation"} | told | found)
-    print(f"written to {args.out}")
+    _rows.write("speculation", (), {"by_turn": turns, "refilled": mixed}, args)
 
 
 def _arguments() -> argparse.Namespace:
@@ -219,7 +215,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=_facts.HERE / "results" / "speculation.json")
+    parser.add_argument("--out", type=Path, default=_rows.RESULTS / "speculation.json")
     return parser.parse_args()
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import _facts
+import _rows
 import numpy as np
 import torch
 
@@ -78,11 +78,7 @@ def main() -> None:
         print("{slots:3} slots, {tokens:3} tokens, {padded:3} padded: {seconds:.4f} s".format(**cells[-1]))
     found = fit(cells)
     print(found)
-    told = {name: value for name, value in vars(args).items() if name != "out"}
-    told["model"] = "/".join(Path(args.model).parts[-2:])
-    measured = {"where": _facts.facts(), "cells": cells, "fit": found}
-    _facts.write(args.out, {"benchmark": "verify_cost"} | told | measured)
-    print(f"written to {args.out}")
+    _rows.write("verify_cost", (), {"cells": cells, "fit": found}, args)
 
 
 def _arguments() -> argparse.Namespace:
@@ -94,7 +90,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=_facts.HERE / "results" / "verify_cost.json")
+    parser.add_argument("--out", type=Path, default=_rows.RESULTS / "verify_cost.json")
     return parser.parse_args()
 
 

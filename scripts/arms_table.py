@@ -21,11 +21,13 @@ HEAD = ("arm", "turn 1", "last turn", "gain", "w→r", "r→w", "vote of 4", "pa
 
 def table(folders: Mapping[str, Sequence[Path]]) -> str:
     """Markdown, one row per arm; the last measured model of each run, means over runs."""
-    runs = {arm: [reports.last_model(folder) for folder in paths] for arm, paths in folders.items()}
-    found = compare(runs, against=next(iter(runs)))
+    runs = {arm: [read.read(folder) for folder in paths] for arm, paths in folders.items()}
+    found = compare(
+        {arm: [reports.last_of(run) for run in some] for arm, some in runs.items()}, against=next(iter(runs))
+    )
     lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
     for row in found.arms:
-        measured = [read.read(folder) for folder in folders[row.name]]
+        measured = runs[row.name]
         cells = [*_accuracies(row), *_flips(measured), *_controls(measured), *_cost(measured), *_against(found, row)]
         lines.append(f"| {row.name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -129,9 +129,13 @@ def _reference_first(names: list[str], against: str | None) -> list[str]:
 
 def last_model(folder: Path) -> Run:
     """The last measured model of a run."""
-    found = read.read(folder)
+    return last_of(read.read(folder))
+
+
+def last_of(found: read.Run) -> Run:
+    """The last measured model of a run that is read already."""
     if not found.measured:
-        raise RunError(f"run folder {folder}", "Nothing has been measured yet.", "Wait, or leave this run out.")
+        raise RunError(f"run folder {found.folder}", "Nothing has been measured yet.", "Wait, or leave this run out.")
     last = found.measured[-1]
     return Run(found.summary.seed, last.label, last.chain, last.parallel or None)
 

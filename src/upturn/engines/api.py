@@ -14,7 +14,6 @@ import hashlib
 import os
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -155,9 +154,9 @@ class Api:
         calls: list[asyncio.Task[Draft]] = []
 
         async def sample(prompt: Prompt, shown: Sequence[Draft], request: str = "", kind: Kind = "answer") -> Draft:
-            asked = self._draft(prompt, shown, len(calls), request)
+            asked = self._draft(prompt, shown, len(calls), request, kind)
             calls.append(asyncio.create_task(asked))
-            return replace(await calls[-1], kind=kind, turn=_base.next_turn(shown, kind))
+            return await calls[-1]
 
         async with self._prompts:
             try:
@@ -168,7 +167,7 @@ class Api:
             finally:  # siblings of a failed draft would go on asking
                 await _stop(calls)
 
-    async def _draft(self, prompt: Prompt, shown: Sequence[Draft], index: int, request: str) -> Draft:
+    async def _draft(self, prompt: Prompt, shown: Sequence[Draft], index: int, request: str, kind: Kind) -> Draft:
         body = self._body(prompt, shown, index, request)
         async with self._requests:
             answer = await self._answer(body)
@@ -178,7 +177,7 @@ class Api:
             self.notice = "the endpoint does not tell numbers of tokens; they count as 0"
         draft = Draft(
             index=index,
-            turn=_base.next_turn(shown, "answer"),
+            turn=_base.next_turn(shown, kind),
             parents=tuple(draft.index for draft in shown),
             text=answer.text,
             token_ids=(),
@@ -187,6 +186,7 @@ class Api:
             prompt_tokens=answer.prompt_tokens,
             cached_tokens=answer.cached_tokens,
             num_tokens_told=answer.num_tokens,
+            kind=kind,
             request=request,
         )
         self.num_drafts += 1

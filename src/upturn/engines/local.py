@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -45,6 +45,8 @@ class _Request:
     context: tuple[int, ...] = field(compare=False)
     parents: tuple[int, ...] = field(compare=False)
     turn: int = field(compare=False)
+    kind: Kind = field(compare=False)
+    request: str = field(compare=False)
     uniforms: Any = field(compare=False)
     done: asyncio.Future[Draft] = field(compare=False)
     copying: Copying = field(compare=False)
@@ -146,13 +148,14 @@ class Local:
                 context=self.chat.context(prompt.text, shown, request),
                 parents=tuple(draft.index for draft in shown),
                 turn=_base.next_turn(shown, kind),
+                kind=kind,
+                request=request,
                 uniforms=sampling.uniforms(self.seed, f"{prompt.id}/{index}", self.max_new_tokens),
                 done=asyncio.get_running_loop().create_future(),
                 copying=self._copying([draft for draft in shown if draft.kind == kind]),
             )
             heapq.heappush(self._queue, asked)
-            draft = await asked.done
-            return replace(draft, kind=kind, request=request)
+            return await asked.done
 
         return sample
 
@@ -261,6 +264,8 @@ class Local:
             finish_reason=reason,
             prompt_tokens=len(request.context),
             cached_tokens=request.cached,
+            kind=request.kind,
+            request=request.request,
         )
         self._on_draft(draft)
         request.done.set_result(draft)

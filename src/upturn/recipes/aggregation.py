@@ -11,7 +11,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from upturn.lab.lab import Lab
-from upturn.recipes._base import Iterated, Round, iterate, part
+from upturn.recipes._base import Iterated, Round, begin, iterate, part
 
 
 class Config(Iterated):
@@ -31,12 +31,10 @@ def run(cfg: Config, lab: Lab) -> None:
     """So many times: propose, find a right answer, train to aggregate."""
     strategy = part("strategies", "aggregate", proposals=cfg.proposals, layers=cfg.layers)
     measured = cfg.model_copy(update={"measure": cfg.measure.model_copy(update={"strategy": strategy})})
-    base = lab.load(cfg.model)
-    lab.measure(base, measured.measure, "base", scorer=cfg.scorer)
     what = Round(
         part("strategies", "parallel", turns=cfg.samples),
         part("selection", "aggregation", proposals=cfg.proposals, direct=cfg.direct),
         part("objectives", "sft"),
     )
-    model = iterate(measured, lab, base, what)
+    model = iterate(measured, lab, begin(measured, lab), what)
     lab.publish(model, "Trained with Aggregation Fine-Tuning (arXiv:2501.11877).")

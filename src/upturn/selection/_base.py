@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from upturn.types import Attempt, Draft, Example, Pair, Prompt
+from upturn.types import Attempt, Draft, Example, Group, Pair, Prompt, Score
 
 Key = Callable[[Prompt, str], str]
 """Prompt and answer -> the canonical final answer, as in `Task.vote_key`."""
@@ -85,3 +85,22 @@ def pair(attempt: Attempt, chosen: Draft, rejected: Draft, p: float = 1.0) -> Pa
     """A pair of an attempt's drafts, with the verifier's word on both where they were scored."""
     right = [score.right for score in attempt.scores] or [False] * len(attempt.drafts)
     return Pair(attempt.prompt, chosen, rejected, p, right[chosen.index], right[rejected.index])
+
+
+def judged(attempt: Attempt) -> dict[int, Score]:
+    """The scores by index of their drafts, without those whose value is no finite number."""
+    scored = zip(attempt.drafts, attempt.scores, strict=True)
+    return {draft.index: score for draft, score in scored if math.isfinite(score.value)}
+
+
+def group(attempt: Attempt, values: Mapping[int, float]) -> Group:
+    """The attempt with a value for each index that learns; all other drafts are only shown."""
+    return Group(attempt, tuple(values.get(draft.index) for draft in attempt.drafts))
+
+
+def distinct(drafts: Iterable[Draft]) -> list[Draft]:
+    """The first draft of each text."""
+    first: dict[str, Draft] = {}
+    for draft in drafts:
+        first.setdefault(draft.text.strip(), draft)
+    return list(first.values())

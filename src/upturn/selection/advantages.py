@@ -26,8 +26,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from upturn._model import Strict
-from upturn.selection._base import Key, Selection, collect, text
-from upturn.selection._group import group, judged
+from upturn.selection._base import Key, Selection, collect, group, judged, text
 from upturn.types import Attempt, Draft, Group
 
 EPSILON = 1e-4

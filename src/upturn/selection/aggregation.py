@@ -11,8 +11,7 @@ from dataclasses import replace
 from pydantic import Field
 
 from upturn._model import Strict
-from upturn.selection._base import Key, Selection, collect, text
-from upturn.selection._group import judged
+from upturn.selection._base import Key, Selection, collect, judged, text
 from upturn.types import Attempt, Draft, Group
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from upturn._model import Strict
-from upturn.selection._base import Key, Selection, collect, pair, same, text
+from upturn.selection._base import Key, Selection, collect, distinct, pair, same, text
 from upturn.types import Attempt, Draft, Pair
 
 
@@ -58,7 +58,8 @@ def _choose(attempt: Attempt, cfg: Config) -> list[Pair] | str:
     far = [draft for draft in worse if gap[draft.index] >= cfg.margin]
     if not far:
         return "margin"
-    other = _distinct(_ordered(far, gap, cfg, attempt.prompt.id), best)
+    ordered = distinct(_ordered(far, gap, cfg, attempt.prompt.id))
+    other = [draft for draft in ordered if not same(draft, best)]
     pairs = [
         pair(attempt, best, draft, _sigmoid(gap[draft.index]) if cfg.labels == "soft" else 1.0)
         for draft in other[: cfg.pairs_per_prompt]
@@ -70,15 +71,6 @@ def _ordered(worse: list[Draft], gap: dict[int, float], cfg: Config, prompt_id: 
     if cfg.rejected == "random":
         return random.Random(prompt_id).sample(worse, len(worse))
     return sorted(worse, key=lambda draft: gap[draft.index], reverse=cfg.rejected == "worst")
-
-
-def _distinct(drafts: list[Draft], best: Draft) -> list[Draft]:
-    """The first draft of each text, without those that read like the best."""
-    first: dict[str, Draft] = {}
-    for draft in drafts:
-        if not same(draft, best):
-            first.setdefault(draft.text.strip(), draft)
-    return list(first.values())
 
 
 def _sigmoid(gap: float) -> float:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from upturn._model import Strict
-from upturn.selection._base import Key, Selection, collect, text
-from upturn.selection._group import distinct, group, judged
+from upturn.selection._base import Key, Selection, collect, distinct, group, judged, text
 from upturn.types import Attempt, Group
 
 

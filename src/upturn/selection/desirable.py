@@ -14,8 +14,7 @@ from itertools import count
 from pydantic import Field
 
 from upturn._model import Strict
-from upturn.selection._base import Key, Selection, collect, text
-from upturn.selection._group import distinct, group, judged
+from upturn.selection._base import Key, Selection, collect, distinct, group, judged, text
 from upturn.types import Attempt, Draft, Group, Score
 
 

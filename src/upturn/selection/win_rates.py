@@ -14,8 +14,7 @@ from typing import Literal
 from pydantic import Field
 
 from upturn._model import Strict
-from upturn.selection._base import Key, Selection, collect, same, text
-from upturn.selection._group import group, judged
+from upturn.selection._base import Key, Selection, collect, group, judged, same, text
 from upturn.types import Attempt, Draft, Group, Score
 
 

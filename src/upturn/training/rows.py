@@ -86,11 +86,11 @@ def pack(
     """One batch of several examples, each given as its samples: in the order of `rows`, or of its drafts."""
     flat = [sample for group in groups for sample in group]
     tree = trees.build(flat, share=share)
-    reference_N = cached.reference_N
+    first, reference_N = torch.arange(len(groups)) * len(rows), cached.reference_N
     batch = Batch(
         owner_N=tree.owner_N,
         num_tokens_S=torch.tensor([len(sample.target) for sample in flat]),
-        rows={row: torch.arange(len(groups)) * len(rows) + place for place, row in enumerate(rows)},
+        rows={row: first + place for place, row in enumerate(rows)},
         p_P=torch.tensor([e.p for e in examples if isinstance(e, Pair)], dtype=torch.float32),
         reference_N=reference_N,
         reference_S=None if reference_N is None else sum_by_sample(reference_N, tree.owner_N, len(flat)),
