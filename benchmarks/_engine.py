@@ -15,7 +15,7 @@ from upturn.models import chat, load
 from upturn.strategies import chain
 from upturn.tasks import keywords
 from upturn.tracking import progress
-from upturn.types import Attempt
+from upturn.types import Attempt, Requests
 
 
 def counts(attempts: list[Attempt]) -> dict[str, int]:
@@ -41,7 +41,7 @@ def main() -> None:
     progress.set_mode("quiet")
     task = keywords.load(keywords.Config())
     loaded = load.load(args.model, "bfloat16", device="cpu")
-    talk = chat.load(loaded.tokenizer, loaded.end_ids, task.refine_request)
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests(task.refine_request))
 
     def chains(question: dict[str, Any]) -> tuple[local.Local, list[Attempt]]:
         cfg = sampling.Config.model_validate({key: question[key] for key in ("temperature", "max_new_tokens")})

@@ -23,7 +23,7 @@ from upturn.tasks._words import WORDS
 from upturn.tracking import progress
 from upturn.training import plan, rows
 from upturn.training.optimizer import MasterAdamW
-from upturn.types import Draft, Pair, Prompt, Sample
+from upturn.types import Draft, Pair, Prompt, Requests, Sample
 
 CFG = evolve.Config.model_validate({})
 ROWS = rows.order(evolve.needs(CFG))
@@ -59,7 +59,7 @@ class Data:
 
 def data(profile: str, num_pairs: int, loaded: load.Loaded) -> Data:
     """The same pairs for every arm. `num_pairs` 0 takes the profile's own number."""
-    talk = chat.load(loaded.tokenizer, loaded.end_ids, keywords.Config().refine_request)
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests(keywords.Config().refine_request))
     pairs = _pairs(PROFILES[profile], num_pairs, loaded.tokenizer, talk)
     return Data(pairs, [rows.samples_of(pair, ROWS, talk) for pair in pairs])
 

@@ -24,7 +24,7 @@ from _child import Answer, Child
 
 from upturn.models import chat, load
 from upturn.tasks import keywords
-from upturn.types import Draft, Prompt
+from upturn.types import Draft, Prompt, Requests
 
 GOALS = {"generate": ">= 8", "continuous": ">= 3", "vllm": ">= 1", "llama.cpp": ">= 1"}
 NAMES = {
@@ -86,7 +86,7 @@ def main() -> None:
     args = _arguments()
     task = keywords.load(keywords.Config())
     loaded = load.load(args.model, "bfloat16", device="cpu")
-    talk = chat.load(loaded.tokenizer, loaded.end_ids, task.refine_request)
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests(task.refine_request))
     setting = Setting(talk, task.prompts("train", 0, args.prompts), args.turns, args.max_new_tokens)
     del loaded
     rows: list[_rows.Row] = []

@@ -32,7 +32,7 @@ from upturn.models import chat, load
 from upturn.strategies import chain
 from upturn.tasks import keywords
 from upturn.tracking import progress
-from upturn.types import Attempt, Draft, Prompt
+from upturn.types import Attempt, Draft, Prompt, Requests
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 COUNTERS = ("num_forwards", "num_tokens_computed", "num_proposed", "num_accepted")
@@ -177,7 +177,7 @@ def main() -> None:
     progress.set_mode("quiet")
     task = keywords.load(keywords.Config())
     loaded = load.load(args.model, args.dtype, device=args.device)
-    talk = chat.load(loaded.tokenizer, loaded.end_ids, task.refine_request)
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests(task.refine_request))
     how = sampling.Config(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
     setting = Setting(loaded.model, talk, how, args.turns, CLOCKS[args.clock])
     refilled(setting, task.prompts("train", 0, 2), 2, 0, speculate=True)  # warm-up

@@ -39,7 +39,8 @@ class Draft:
     text: str
     """Decoded answer without special tokens."""
     token_ids: tuple[int, ...]
-    """Sampled ids; the end token is the last one if and only if it was sampled."""
+    """Sampled ids; the end token is the last one if and only if it was sampled. Empty for a text that was written, by
+    an endpoint or by a verifier."""
     sampler_logprobs: tuple[float, ...]
     """Natural log-probability of each sampled id under the unmodified model (temperature 1, no top-p)."""
     finish_reason: FinishReason
@@ -78,6 +79,8 @@ class Score:
     """Why, in a few words; also holds the reason of a failed judgement."""
     answer: str = ""
     """Canonical final answer, by which drafts vote and agree; '' where the draft has none."""
+    critique: str = ""
+    """What the verifier has to say, as a model should learn to say it; '' where it says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,9 @@ class Pair:
     """Probability that chosen is better: 1 is a hard label, 1/2 a tie."""
     chosen_right: bool = False
     rejected_right: bool = False
+    chosen_critique: str = ""
+    """What the verifier says of the chosen draft; '' where it says nothing."""
+    rejected_critique: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +129,20 @@ class Sample:
     target: tuple[int, ...]
 
 
-def requests(shown: Sequence[Draft], last: str) -> list[str]:
-    """What the user says behind each of the drafts shown: the request that led to the next one, and the last."""
-    return [*(draft.request for draft in shown[1:]), last] if shown else []
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """What the user says behind a draft, unless the strategy says something else."""
+
+    refine: str
+    critique: str = (
+        "Check this answer step by step. Name each mistake and say how to mend it, but do not write a new answer. "
+        "If nothing is wrong, write: no changes needed."
+    )
+
+    def behind(self, shown: Sequence[Draft], request: str = "", kind: Kind = "answer") -> list[str]:
+        """What stands behind each of the drafts shown: what led to the next one, and to the new one."""
+        asked = [*((draft.request, draft.kind) for draft in shown[1:]), (request, kind)] if shown else []
+        return [own or (self.critique if kind == "critique" else self.refine) for own, kind in asked]
 
 
 def answers(attempts: Sequence[Attempt]) -> list[Attempt]:

@@ -276,6 +276,21 @@ def test_nll_is_a_token_mean_over_the_weighted_contexts():
     assert loss.total.item() / loss.weight == pytest.approx(5 / 2.5)
 
 
+def test_nll_learns_both_critiques():
+    # the answer (-4) and critiques of 1 and 2 tokens (-1; -2, -3), weights 1 and 0.5: (4 + 0.5 * 6) / (1 + 0.5 * 3)
+    cfg = nll.Config(direct=0, critique=0.5)
+    assert nll.needs(cfg) == {("improve", "chosen"), ("critique", "chosen"), ("critique", "rejected")}
+    batch = Batch(
+        owner_N=torch.tensor([0, 1, 2, 2]),
+        num_tokens_S=torch.tensor([1, 1, 2]),
+        rows={row: torch.tensor([place]) for place, row in enumerate(rows.order(nll.needs(cfg)))},
+        p_P=torch.ones(1),
+    )
+    loss = nll.loss(torch.tensor([-4.0, -1.0, -2.0, -3.0]), batch, cfg)
+    assert loss.total.item() / loss.weight == pytest.approx(7 / 2.5)
+    assert loss.metrics["critique/logps/rejected"].item() == -5
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_docstrings_say_what_equation_needs_and_differences(name: str):
     docstring = registry.find("objectives", name).__doc__ or ""

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from upturn import registry
 from upturn.strategies import _base, aggregate, chains, critique_refine
-from upturn.types import Draft, Kind, Prompt
+from upturn.tasks import keywords
+from upturn.types import Attempt, Draft, Kind, Prompt, Requests, answers
 
 PROMPT = Prompt("p", "Which?")
 NAMES = registry.names("strategies")
@@ -173,9 +174,20 @@ class TestCritiqueRefine:
             ("answer", 2, "Mend."),
         ]
 
-    def test_the_chain_ends_where_nothing_is_wrong(self):
-        drafts = generate("critique_refine", {}, Scripted(says="Fine. No Changes NEEDED!"))
-        assert [draft.kind for draft in drafts] == ["answer", "critique"]
+    def test_where_nothing_is_wrong_the_answer_is_kept_for_all_turns_left(self):
+        drafts = generate("critique_refine", {"turns": 3}, Scripted(says="Fine. No Changes NEEDED!"))
+        assert [(draft.kind, draft.turn, draft.parents) for draft in drafts] == [
+            ("answer", 1, ()),
+            ("critique", 1, (0,)),
+            ("answer", 2, (0, 1)),
+            ("answer", 3, (2,)),
+        ]
+        answer, critique, kept, again = drafts
+        assert kept.token_ids == again.token_ids == answer.token_ids
+        folded = answers([Attempt(PROMPT, tuple(drafts))])[0].drafts
+        assert [draft.num_tokens for draft in folded] == [answer.num_tokens, critique.num_tokens, 0]
+        assert [draft.critique for draft in folded] == ["", critique.text, ""]
+        assert [draft.parents for draft in folded] == [(), (0,), (1,)]
 
     def test_only_a_critique_can_end_it(self):
         class Praises(Scripted):
@@ -188,9 +200,9 @@ class TestCritiqueRefine:
     def test_without_words_to_stop_it_goes_on(self):
         assert len(generate("critique_refine", {"turns": 3, "stop": ""}, Scripted(says="no changes needed"))) == 5
 
-    def test_the_request_asks_for_the_words_that_end_it(self):
-        cfg = critique_refine.Config()
-        assert cfg.stop.lower() in cfg.critique_request.lower()
+    @pytest.mark.parametrize("request_", [Requests("Again.").critique, keywords.Config().critique_request])
+    def test_the_requests_ask_for_the_words_that_end_it(self, request_: str):
+        assert critique_refine.Config().stop.lower() in request_.lower()
 
 
 def test_num_drafts_falls_back_on_turns():

@@ -39,8 +39,8 @@ PAIRS = {
     ),
     "prompt not masked": Bug(
         "training/rows.py",
-        "Sample(contexts[context], getattr(example, side).token_ids)",
-        "Sample(contexts[context][:1], contexts[context][1:] + getattr(example, side).token_ids)",
+        "Sample(chat.context(question, shown), chat.target(answer))",
+        "Sample((), chat.context(question, shown) + chat.target(answer))",
         f"{ROWS}::test_only_the_last_answer_is_a_target_and_contexts_hold_the_sampled_ids",
     ),
     "no reference": Bug(
@@ -60,6 +60,40 @@ PAIRS = {
         "loss_P = -label_P * F.logsigmoid(scaled_P) - (1 - label_P) * F.logsigmoid(-scaled_P)",
         "loss_P = -cfg.beta * (label_P * F.logsigmoid(margin_P) + (1 - label_P) * F.logsigmoid(-margin_P))",
         f"{CONTRACTS}::test_dpo_on_one_pair_worked_by_hand",
+    ),
+}
+
+CRITIQUES = {
+    "critique of the other draft": Bug(
+        "training/rows.py",
+        "return (answer, _critique(pair, side))",
+        'return (answer, _critique(pair, "chosen"))',
+        f"{ROWS}::TestCritiques::test_each_draft_is_shown_with_what_is_said_of_it",
+    ),
+    "critique learnt behind the request to refine": Bug(
+        "training/rows.py",
+        'chat.context(question, (answer,), kind="critique")',
+        "chat.context(question, (answer,))",
+        f"{ROWS}::TestCritiques::test_training_and_sampling_have_the_same_contexts",
+    ),
+    "only right drafts criticised": Bug(
+        "objectives/nll.py",
+        '"critique": SIDES',
+        '"critique": ("chosen",)',
+        f"{CONTRACTS}::test_nll_learns_both_critiques",
+    ),
+    "refining without the critique": Bug(
+        "training/rows.py",
+        "return (answer, _critique(pair, side)) if critiques else (answer,)",
+        "return (answer,)",
+        f"{ROWS}::TestCritiques::test_each_draft_is_shown_with_what_is_said_of_it",
+    ),
+    "kept answers shown the critique again": Bug(
+        "strategies/critique_refine.py",
+        "shown = kept[-1:]",
+        "shown = [answer, critique]",
+        "tests/contracts/test_strategies.py::TestCritiqueRefine"
+        "::test_where_nothing_is_wrong_the_answer_is_kept_for_all_turns_left",
     ),
 }
 
@@ -240,4 +274,4 @@ SPPO = {
     ),
 }
 
-BUGS = PAIRS | SRPO | SFT | POLICY_GRADIENT | KTO | SPPO
+BUGS = PAIRS | CRITIQUES | SRPO | SFT | POLICY_GRADIENT | KTO | SPPO

@@ -17,7 +17,7 @@ from flaky_server import FlakyServer
 from upturn.engines import api, sampling
 from upturn.errors import RunError
 from upturn.strategies import chain, few_shot, parallel, star
-from upturn.types import Attempt, Draft, Prompt
+from upturn.types import Attempt, Draft, Prompt, Requests
 
 KEY = "sk-quite-secret-0123456789"
 REQUEST = "Check it."
@@ -48,7 +48,7 @@ class Naps:
 def engine(url: str, sleep: Any = asyncio.sleep, **how: Any) -> api.Api:
     settings = {"url": url, "model": "m", "timeout": 5, "retry_base": 0.001, "retry_cap": 0.01} | how
     cfg = sampling.Config(temperature=0.5, top_p=0.9, max_new_tokens=64)
-    return api.Api(api.Endpoint.model_validate(settings), REQUEST, cfg, seed=SEED, sleep=sleep)
+    return api.Api(api.Endpoint.model_validate(settings), Requests(REQUEST), cfg, seed=SEED, sleep=sleep)
 
 
 def rule(turns: int = 2, strategy: Any = chain) -> Any:

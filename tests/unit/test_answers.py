@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from upturn.models import chat
-from upturn.types import Attempt, Draft, Kind, Prompt, answers, requests
+from upturn.types import Attempt, Draft, Kind, Prompt, Requests, answers
 
 WORDS = tiny.tokenizer()
 
@@ -41,14 +41,22 @@ LAST = draft(4, "3", 3, (2, 3), "answer", "Mend.")
 CHAIN = Attempt(Prompt("p", "2+2"), (ANSWER, CRITIQUE, REVISED, AGAIN, LAST))
 
 
+SAID = Requests("Again.", "Check.")
+
+
 class TestRequests:
     def test_nothing_is_said_where_nothing_is_shown(self):
-        assert requests([], "Again.") == []
+        assert SAID.behind([]) == []
 
     def test_behind_each_draft_stands_what_led_to_the_next(self):
-        assert requests([ANSWER], "Judge.") == ["Judge."]
-        assert requests([ANSWER, CRITIQUE], "Mend.") == ["Judge.", "Mend."]
-        assert requests([draft(0, "a"), draft(1, "b"), draft(2, "c")], "") == ["", "", ""]
+        assert SAID.behind([ANSWER], "Judge.") == ["Judge."]
+        assert SAID.behind([ANSWER, CRITIQUE], "Mend.") == ["Judge.", "Mend."]
+
+    def test_the_task_speaks_where_the_strategy_says_nothing(self):
+        answer, critique = draft(0, "a"), draft(1, "b", kind="critique")
+        assert SAID.behind([answer], kind="critique") == ["Check."]
+        assert SAID.behind([answer, critique]) == ["Check.", "Again."]
+        assert SAID.behind([answer, draft(1, "b"), draft(2, "c")]) == ["Again.", "Again.", "Again."]
 
 
 class TestAnswers:
@@ -88,7 +96,7 @@ class TestAnswers:
 
 
 class TestConversation:
-    talk = chat.load(WORDS, [2], "again")
+    talk = chat.load(WORDS, [2], Requests("again"))
 
     def shown(self, drafts: list[Draft], request: str = "") -> str:
         return spelt(self.talk.context("2+2", drafts, request))
@@ -123,7 +131,7 @@ class TestConversation:
 
 
 class TestQuoted:
-    talk = chat.load(WORDS, [2], "again", "quoted")
+    talk = chat.load(WORDS, [2], Requests("again"), "quoted")
 
     def shown(self, drafts: list[Draft], request: str = "") -> str:
         text = spelt(self.talk.context("2+2", drafts, request))

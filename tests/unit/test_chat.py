@@ -9,7 +9,7 @@ import tiny
 
 from upturn.errors import ModelError
 from upturn.models import chat
-from upturn.types import Draft
+from upturn.types import Draft, Requests
 
 STRIPS_HISTORY = tiny.TEMPLATE.replace("<a>{{ m['content'] }}", "<a>{{ m['content'] | upper }}")
 OTHER_PREFIX = tiny.TEMPLATE.replace("{% if add_generation_prompt %}<a>", "{% if add_generation_prompt %}<a> ")
@@ -22,7 +22,7 @@ def draft(text: str, words: Any, finish: str = "stop") -> Draft:
 
 def test_a_conversation_holds_the_sampled_ids_and_begins_like_the_direct_question():
     words = tiny.tokenizer()
-    talk = chat.load(words, [2], "again")
+    talk = chat.load(words, [2], Requests("again"))
     answer = draft("yes", words)
     direct, again = talk.context("Which?", ()), talk.context("Which?", (answer,))
     assert talk.layout == "conversation" and not talk.notice
@@ -32,14 +32,14 @@ def test_a_conversation_holds_the_sampled_ids_and_begins_like_the_direct_questio
 
 def test_a_cut_draft_is_closed_in_the_history():
     words = tiny.tokenizer()
-    talk = chat.load(words, [2], "again")
+    talk = chat.load(words, [2], Requests("again"))
     shown = talk.context("Which?", (draft("yes", words, "length"),))
     assert words.decode(list(shown)) == "<s><u>Which?<a>yes</s><u>again<a>"
 
 
 def test_the_rendering_equals_the_template_of_the_whole_conversation():
     words = tiny.tokenizer()
-    talk = chat.load(words, [2], "again")
+    talk = chat.load(words, [2], Requests("again"))
     messages = [
         {"role": "user", "content": "Which?"},
         {"role": "assistant", "content": "yes"},
@@ -59,14 +59,14 @@ def test_the_rendering_equals_the_template_of_the_whole_conversation():
 )
 def test_a_template_that_is_not_prefix_preserving_is_quoted_with_a_notice(template: str, why: str):
     words = tiny.tokenizer(template)
-    talk = chat.load(words, [2], "again")
+    talk = chat.load(words, [2], Requests("again"))
     assert talk.layout == "quoted" and why in talk.notice
     shown = words.decode(list(talk.context("Which?", (draft("yes", words),))))
     assert "QUESTION\nWhich?" in shown and "ANSWER\nyes" in shown and "again" in shown
     with pytest.raises(ModelError, match="prefix-preserving"):
-        chat.load(words, [2], "again", "conversation")
+        chat.load(words, [2], Requests("again"), "conversation")
 
 
 def test_a_missing_template_is_refused():
     with pytest.raises(ModelError, match="no chat template"):
-        chat.load(tiny.tokenizer(None), [2], "again")
+        chat.load(tiny.tokenizer(None), [2], Requests("again"))

@@ -17,7 +17,7 @@ from upturn.objectives import evolve
 from upturn.strategies import chain
 from upturn.training import plan, train
 from upturn.training import rows as packing
-from upturn.types import Draft, Pair, Prompt
+from upturn.types import Draft, Pair, Prompt, Requests
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def loaded(tiny_model: Path) -> load.Loaded:
 
 
 def talk(loaded: load.Loaded) -> chat.Chat:
-    return chat.load(loaded.tokenizer, loaded.end_ids, "again")
+    return chat.load(loaded.tokenizer, loaded.end_ids, Requests("again"))
 
 
 def engine_after(loaded: load.Loaded, prompts: int, *, speculate: bool = False) -> tuple[local.Local, list[Draft]]:

@@ -16,7 +16,7 @@ from upturn.engines import _wire, api, sampling
 from upturn.errors import DataError, RunError
 from upturn.evaluation.turns import turn_table
 from upturn.strategies import chain
-from upturn.types import Attempt, Draft, Prompt, Score, draft_from_json, to_json
+from upturn.types import Attempt, Draft, Prompt, Requests, Score, draft_from_json, to_json
 
 QUESTION = Prompt("p0", "Question 0?")
 CHAIN = partial(chain.generate, cfg=chain.Config(turns=2))
@@ -30,7 +30,7 @@ def no_key_and_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def engine(url: str, **how: Any) -> api.Api:
     cfg = sampling.Config(temperature=0.5, top_p=0.9, max_new_tokens=64)
-    return api.Api(api.Endpoint.model_validate({"url": url, "model": "m"} | how), "Check it.", cfg, seed=3)
+    return api.Api(api.Endpoint.model_validate({"url": url, "model": "m"} | how), Requests("Check it."), cfg, seed=3)
 
 
 def events(*pieces: str, end: str = "\r\n\r\n") -> bytes:

@@ -13,7 +13,7 @@ from upturn import trees
 from upturn.engines import local, sampling
 from upturn.models import chat, load, policy
 from upturn.strategies import chain, few_shot, parallel
-from upturn.types import Attempt, Prompt, Sample
+from upturn.types import Attempt, Prompt, Requests, Sample
 
 PROMPTS = [Prompt(f"p{i}", "abcdefghij"[: 2 + i]) for i in range(7)]
 
@@ -34,7 +34,7 @@ def sample(
     layout: chat.Layout = "auto",
     **how: float,
 ) -> list[Attempt]:
-    talk = chat.load(loaded.tokenizer, loaded.end_ids, "again", layout)
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests("again"), layout)
     cfg = sampling.Config.model_validate({"max_new_tokens": 12, "temperature": 1.0} | how)
     engine = local.Local(loaded.model, talk, cfg, seed=seed, slots=slots)
     return engine.run(prompts, partial(strategy.generate, cfg=strategy.Config(turns=turns)))
@@ -55,7 +55,7 @@ def test_another_seed_gives_other_drafts(loaded: load.Loaded):
 
 @pytest.mark.parametrize("layout", ["conversation", "quoted"])
 def test_sampler_logprobs_are_the_models_own(loaded: load.Loaded, layout: chat.Layout):
-    talk = chat.load(loaded.tokenizer, loaded.end_ids, "again", layout)
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests("again"), layout)
     for attempt in sample(loaded, PROMPTS, layout=layout, temperature=0.7, top_p=0.9):
         for draft in attempt.drafts:
             shown = [attempt.drafts[parent] for parent in draft.parents]
@@ -69,7 +69,7 @@ def test_sampler_logprobs_are_the_models_own(loaded: load.Loaded, layout: chat.L
 
 def test_greedy_equals_generate(loaded: load.Loaded):
     drafts = [attempt.drafts[0] for attempt in sample(loaded, PROMPTS, turns=1, temperature=0)]
-    talk = chat.load(loaded.tokenizer, loaded.end_ids, "again")
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests("again"))
     loaded.model.set_attn_implementation("eager")  # type: ignore[operator]
     for prompt, draft in zip(PROMPTS, drafts, strict=True):
         ids = torch.tensor([talk.context(prompt.text, ())])

@@ -19,7 +19,7 @@ from upturn.numerics import sum_by_sample
 from upturn.objectives import kto, policy_gradient, sft, sppo
 from upturn.objectives._base import Batch
 from upturn.training import plan, rows, train
-from upturn.types import Attempt, Draft, Group, Prompt
+from upturn.types import Attempt, Draft, Group, Prompt, Requests
 
 LN2 = log(2)
 
@@ -284,7 +284,7 @@ def test_a_training_starts_at_the_theory_and_lifts_the_better_draft(
     start: float | None,
 ):
     loaded = load.load(str(tiny_model), "float32", device="cpu")
-    talk = chat.load(loaded.tokenizer, loaded.end_ids, "again")
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests("again"))
     examples = [group(loaded.tokenizer, name, values) for name in ("a", "b", "c", "d")]
     before = [logps(loaded, talk, example) for example in examples]
     how = plan.Config(learning_rate=1e-3, train_batch_size=4, num_train_epochs=8, save_seconds=1e9, max_tree_tokens=80)

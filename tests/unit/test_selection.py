@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -50,6 +51,12 @@ class TestBestVsWorst:
         assert selection.dropped == selection.set_aside == {}
         [pair] = selection.pairs
         assert (pair.p, pair.chosen_right, pair.rejected_right) == (1.0, True, False)
+
+    def test_a_pair_keeps_what_was_said_of_its_drafts(self):
+        judged = attempt([0.5, 1.0])
+        said = replace(judged, scores=tuple(replace(s, critique=f"worth {s.value}") for s in judged.scores))
+        [pair] = best_vs_worst.select([said], best_vs_worst.Config()).pairs
+        assert (pair.chosen_critique, pair.rejected_critique) == ("worth 1.0", "worth 0.5")
 
     def test_of_equally_good_drafts_the_earliest_is_chosen(self):
         assert indices(best([0.0, 1.0, 1.0])) == [(1, 0)]

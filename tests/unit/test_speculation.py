@@ -20,7 +20,7 @@ from upturn.engines._propose import BREAK, START, Cost, Pointer, Proposer, Tally
 from upturn.models import chat, load, policy
 from upturn.strategies import chain, few_shot, parallel, star
 from upturn.tasks import carry
-from upturn.types import Attempt, Draft, Prompt, Sample
+from upturn.types import Attempt, Draft, Kind, Prompt, Requests, Sample
 
 END = 99
 
@@ -182,7 +182,9 @@ class TestLearning:
 class Forgetful(chat.Chat):
     """Shows no draft: the next greedy answer is the same one."""
 
-    def context(self, question: str, shown: Sequence[Draft], request: str = "") -> tuple[int, ...]:
+    def context(
+        self, question: str, shown: Sequence[Draft], request: str = "", kind: Kind = "answer"
+    ) -> tuple[int, ...]:
         return self._render([{"role": "user", "content": question}])
 
 
@@ -203,7 +205,7 @@ def engine_of(
     speculate: bool,
     talk: type[chat.Chat] = chat.Chat,
 ) -> local.Local:
-    made = chat.load(loaded.tokenizer, loaded.end_ids, "improve")
+    made = chat.load(loaded.tokenizer, loaded.end_ids, Requests("improve"))
     shown_as = talk(**{name: getattr(made, name) for name in chat.Chat.__dataclass_fields__})
     cfg = sampling.Config.model_validate({"max_new_tokens": 16, **how})
     return local.Local(loaded.model, shown_as, cfg, seed=0, slots=slots, speculate=speculate)

@@ -101,6 +101,21 @@ class TestKeywords:
         assert score.value == pytest.approx(value)
         assert (score.right, score.note) == (False, note)
 
+    @pytest.mark.parametrize(
+        ("answer", "critique"),
+        [
+            ("The blue dog can run.", "Words: dog yes, run yes, blue yes. No changes needed."),
+            ("The blue dog sleeps.", "Words: dog yes, run no, blue yes. So add run."),
+            ("It is. It sleeps", "Words: dog no, run no, blue no. So add dog and run and blue; make it one sentence; "
+             "end it with a full stop."),
+            ("Dog run blue.", "Words: dog yes, run yes, blue yes. So make it a sentence."),
+            ("The blue dog can run " + "so " * 12 + "far.", "Words: dog yes, run yes, blue yes. So make it shorter."),
+            ("", "It is empty. So write a sentence."),
+        ],
+    )  # fmt: skip
+    def test_the_critique_goes_through_the_words_and_says_what_to_do(self, answer: str, critique: str):
+        assert self.task.grade(self.prompt, answer).critique == critique
+
     def test_a_prompt_names_the_words_and_the_limit(self):
         [prompt] = keywords.load(keywords.Config(num_words=1, max_words=9)).prompts("train", 0, 1)
         assert prompt.text.startswith('Write one sentence of at most 9 words that uses the word "')

@@ -16,7 +16,7 @@ from upturn.models import chat, load
 from upturn.objectives import evolve, nll
 from upturn.objectives._base import Loss
 from upturn.training import plan, train
-from upturn.types import Draft, Pair, Prompt
+from upturn.types import Draft, Pair, Prompt, Requests
 
 
 def draft(words: Any, text: str, index: int) -> Draft:
@@ -32,7 +32,7 @@ def pairs_of(words: Any, count: int = 6) -> list[Pair]:
 
 
 def job(loaded: load.Loaded, folder: Path, objective: Any = evolve, cfg: Any = None, **settings: Any) -> train.Job:
-    talk = chat.load(loaded.tokenizer, loaded.end_ids, "again")
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests("again"))
     settings = {"learning_rate": 1e-3, "train_batch_size": 3, "save_seconds": 1e9} | settings
     folder.mkdir(exist_ok=True, parents=True)
     return train.Job(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from upturn import registry
 from upturn.errors import ConfigError
-from upturn.types import Attempt, Draft, Prompt
+from upturn.types import Attempt, Draft, Prompt, Requests
 
 if TYPE_CHECKING:
     from upturn.engines.api import Endpoint
@@ -78,7 +78,7 @@ def refine(
 
     console = Console()
     loaded = load.load(model)
-    talk = chat.load(loaded.tokenizer, loaded.end_ids, request)
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests(request))
     if talk.notice and show:
         console.print(f"({talk.notice})", style="dim")
     how = sampling.Config(temperature=temperature, max_new_tokens=max_new_tokens)

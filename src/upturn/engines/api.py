@@ -26,7 +26,7 @@ from upturn.engines import _base, _wire, sampling
 from upturn.engines._base import Generate
 from upturn.engines._wire import Again, Answer
 from upturn.errors import RunError
-from upturn.types import Attempt, Draft, FinishReason, Kind, Prompt, requests
+from upturn.types import Attempt, Draft, FinishReason, Kind, Prompt, Requests
 
 if TYPE_CHECKING:
     import httpx
@@ -88,17 +88,17 @@ class Api:
     def __init__(
         self,
         endpoint: Endpoint,
-        request: str,
+        requests: Requests,
         cfg: sampling.Config,
         *,
         seed: int,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`request` is what the user says after a draft. Raises RunError without httpx or with a broken key."""
+        """`requests` are what the user says behind a draft. Raises RunError without httpx or with a broken key."""
         if find_spec("httpx") is None:
             mend = "Install it with: pip install 'upturn[api]'"
             raise RunError(endpoint.chat_url, "Asking an endpoint needs the package 'httpx'.", mend)
-        self.endpoint, self.request, self.cfg, self.seed = endpoint, request, cfg, seed
+        self.endpoint, self.requests, self.cfg, self.seed = endpoint, requests, cfg, seed
         self.notice = ""
         """What the endpoint does not tell; empty where it tells all."""
         self._key, self._sleep = _key(), sleep
@@ -168,7 +168,7 @@ class Api:
                 await _stop(calls)
 
     async def _draft(self, prompt: Prompt, shown: Sequence[Draft], index: int, request: str, kind: Kind) -> Draft:
-        body = self._body(prompt, shown, index, request)
+        body = self._body(prompt, shown, index, request, kind)
         async with self._requests:
             answer = await self._answer(body)
         if answer.finish_reason not in FINISH:
@@ -193,11 +193,11 @@ class Api:
         self._on_draft(draft)
         return draft
 
-    def _body(self, prompt: Prompt, shown: Sequence[Draft], index: int, request: str) -> dict[str, Any]:
+    def _body(self, prompt: Prompt, shown: Sequence[Draft], index: int, request: str, kind: Kind) -> dict[str, Any]:
         messages = [{"role": "user", "content": prompt.text}]
-        for draft, said in zip(shown, requests(shown, request), strict=True):
+        for draft, said in zip(shown, self.requests.behind(shown, request, kind), strict=True):
             messages.append({"role": "assistant", "content": draft.text})
-            messages.append({"role": "user", "content": said or self.request})
+            messages.append({"role": "user", "content": said})
         body = {
             "model": self.endpoint.model,
             "messages": messages,

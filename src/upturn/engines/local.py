@@ -145,7 +145,7 @@ class Local:
             index, calls = calls, calls + 1
             asked = _Request(
                 order=(order, index),
-                context=self.chat.context(prompt.text, shown, request),
+                context=self.chat.context(prompt.text, shown, request, kind),
                 parents=tuple(draft.index for draft in shown),
                 turn=_base.next_turn(shown, kind),
                 kind=kind,

@@ -21,9 +21,9 @@ from upturn.models.chat import VERSION as CHAT_VERSION
 from upturn.selection._base import label_precision
 from upturn.strategies._base import num_drafts
 from upturn.tracking import events, progress
-from upturn.types import Prompt, answers, to_json
+from upturn.types import Prompt, Requests, answers, to_json
 
-VERSIONS = {"generate": 2, "score": 2, "select": 3, "train": 1, "drift": 1}
+VERSIONS = {"generate": 3, "score": 3, "select": 4, "train": 1, "drift": 1}
 """Raised when a step would give another result from the same inputs."""
 _TOLD: Any = dict.fromkeys(("label", "iteration", "n"), True) | {
     "turns": {"__all__": {"turn", "accuracy", "low", "high"}},
@@ -53,6 +53,8 @@ class Bench:
     def __post_init__(self) -> None:
         self.task = self.task_plugin.module.load(self.task_plugin.cfg)
         self._task_key = self.task_plugin.dump()
+        critique = getattr(self.task, "critique_request", "")
+        self.requests = Requests(self.task.refine_request, *filter(None, [critique]))
 
     def load(self, name: str) -> Model:
         from upturn.models import load
@@ -89,7 +91,7 @@ class Bench:
             "prompts": [[prompt.id, prompt.text] for prompt in prompts],
             "strategy": strategy.dump(),
             "sampling": how.model_dump(),
-            "request": self.task.refine_request,
+            "requests": asdict(self.requests),
             "chat": CHAT_VERSION,
             "options": self.options.model_dump(),
             "seed": self.seed,
@@ -169,7 +171,7 @@ class Bench:
         config = {
             "objective": how.objective.dump(),
             "train": how.train.model_dump(exclude={"save_seconds"}),
-            "request": self.task.refine_request,
+            "requests": asdict(self.requests),
             "chat": CHAT_VERSION,
             "options": self.options.model_dump(),
             "seed": self.seed,
@@ -227,7 +229,7 @@ class Bench:
 
     def drift(self, model: Model, other: Model, chains: Attempts, label: str) -> float:
         """Nats per token that the model's direct answers have moved from another model's; a durable step."""
-        config = {"request": self.task.refine_request, "chat": CHAT_VERSION, "options": self.options.model_dump()}
+        config = {"requests": asdict(self.requests), "chat": CHAT_VERSION, "options": self.options.model_dump()}
 
         def work(folder: Path) -> dict[str, Any]:
             from upturn.lab import work as jobs
@@ -306,7 +308,7 @@ class Bench:
     def _settings(self, label: str, folder: Path) -> Any:
         from upturn.lab import work as jobs
 
-        return jobs.Settings(label, folder, self.task.refine_request, self.options, self.seed)
+        return jobs.Settings(label, folder, self.requests, self.options, self.seed)
 
 
 def _lines(records: Sequence[Any]) -> str:

@@ -19,6 +19,7 @@ from upturn.lab import estimate
 from upturn.lab.bench import Bench
 from upturn.lab.lab import Measure, Options
 from upturn.lab.store import Planned, Store, unwritable, write_text, writing
+from upturn.strategies._base import num_drafts
 from upturn.tracking import events, trackers
 
 
@@ -79,10 +80,17 @@ def diagnose(
 ) -> tuple[Path, Summary]:
     """Can this model refine? Chains and independent answers, of the model and of the base it came from.
 
-    There are two answers more than turns: refinements may be longer, and controls are read at equal tokens.
+    There are two answers more than the strategy asks for drafts, critiques among them: refinements may be longer, and
+    controls are read at equal tokens.
     """
     models = ({"base": base} if base else {}) | {"model": model}
-    return _measured("diagnose", models, task, {"parallel": cfg.get("turns", 4) + 2} | cfg, setting)
+    return _measured("diagnose", models, task, {"parallel": _drafts(cfg) + 2} | cfg, setting)
+
+
+def _drafts(settings: dict[str, Any]) -> int:
+    """How many drafts of a prompt the model is asked for, at most, beside the controls."""
+    cfg = config.checked(Measure, settings, "diagnose")
+    return num_drafts(cfg.strategy.cfg) if cfg.strategy else cfg.turns
 
 
 def _measured(

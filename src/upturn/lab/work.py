@@ -25,7 +25,7 @@ from upturn.models import card, chat, load, policy
 from upturn.strategies._base import num_drafts
 from upturn.tracking import events, progress
 from upturn.training import train as training
-from upturn.types import Attempt, Draft, Example, Prompt, Sample, draft_from_json, to_json
+from upturn.types import Attempt, Draft, Example, Prompt, Requests, Sample, draft_from_json, to_json
 
 FAILURES = "failures.json"
 """Prompt id -> reason, for prompts that an endpoint did not answer."""
@@ -39,7 +39,7 @@ class Settings:
 
     label: str
     folder: Path
-    request: str
+    requests: Requests
     options: Any
     seed: int
 
@@ -82,7 +82,7 @@ def generate(
 
     A chunk is always sampled as a whole, so that a resumed run has the same batches and the same bits.
     """
-    talk = chat.load(loaded.tokenizer, loaded.end_ids, s.request, s.options.layout)
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, s.requests, s.options.layout)
     if talk.notice:
         progress.say(f"{s.label}: {talk.notice}")
     engine = local.Local(loaded.model, talk, how, seed=s.seed, slots=s.options.slots)
@@ -102,7 +102,7 @@ def ask(
 
     The answered prompts are kept, and only the others are asked for again; with `skip_failed` they are left out.
     """
-    engine = api.Api(endpoint, s.request, how, seed=s.seed)
+    engine = api.Api(endpoint, s.requests, how, seed=s.seed)
     facts = _in_chunks(engine, prompts, rule, s, keep_parts=not skip_failed)
     if engine.notice:
         progress.say(f"{s.label}: {engine.notice}")
@@ -182,7 +182,7 @@ def train(
 ) -> dict[str, Any]:
     """Train and save the model; the checkpoint goes once the model is whole."""
     keep_freed()
-    talk = chat.load(loaded.tokenizer, loaded.end_ids, s.request, s.options.layout)
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, s.requests, s.options.layout)
     job = training.Job(
         objective=how.objective.module,
         objective_cfg=how.objective.cfg,
@@ -219,7 +219,7 @@ def drift(loaded: load.Loaded, other: load.Loaded, attempts: Sequence[Attempt], 
 
     Each position's KL is exact over the vocabulary; only the positions are sampled, at the measuring temperature.
     """
-    talk = chat.load(loaded.tokenizer, loaded.end_ids, s.request, s.options.layout)
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, s.requests, s.options.layout)
     samples = [Sample(talk.context(a.prompt.text, ()), a.drafts[0].token_ids) for a in attempts]
     device = next(loaded.model.parameters()).device
     total, count = 0.0, 0

@@ -7,12 +7,12 @@ quoted         one user message that quotes the question and the drafts (the pap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from upturn.errors import ModelError
-from upturn.types import Draft, requests
+from upturn.types import Draft, Kind, Requests
 
 Layout = Literal["auto", "conversation", "quoted"]
 VERSION = 1
@@ -36,26 +36,38 @@ class Chat:
     layout: Literal["conversation", "quoted"]
     end_ids: tuple[int, ...]
     """Every id that ends an answer."""
-    request: str
-    """What the user says after a draft."""
-    bridge_ids: tuple[int, ...] = ()
-    """Ids from after the draft's end token to the start of the next answer (conversation)."""
+    requests: Requests
+    """What the user says behind a draft."""
+    bridges: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Request -> ids from after a draft's end token to the start of the next draft (conversation)."""
     closing_id: int = -1
     """End token that the history puts behind a draft; added where a draft was cut (conversation)."""
     notice: str = ""
     """Why `auto` fell back to quoting; empty otherwise."""
 
-    def context(self, question: str, shown: Sequence[Draft], request: str = "") -> tuple[int, ...]:
+    def context(
+        self, question: str, shown: Sequence[Draft], request: str = "", kind: Kind = "answer"
+    ) -> tuple[int, ...]:
         """Token ids that stand before the next draft; `request` is what leads to it, empty for the task's own."""
         if not shown:
             return self._render([{"role": "user", "content": question}])
         if self.layout == "quoted":
-            return self._render([{"role": "user", "content": self._quote(question, shown, request)}])
+            said = self.requests.behind(shown, request, kind)[-1]
+            return self._render([{"role": "user", "content": _quote(question, shown, said)}])
         ids = self._render([{"role": "user", "content": question}])
-        for draft, said in zip(shown, requests(shown, request), strict=True):
-            ids += draft.token_ids if draft.complete else (*draft.token_ids, self.closing_id)
-            ids += self._bridge_to(said) if said else self.bridge_ids
+        for draft, said in zip(shown, self.requests.behind(shown, request, kind), strict=True):
+            ids += self.target(draft) if draft.complete else (*draft.token_ids, self.closing_id)
+            ids += self.bridges.get(said) or self._bridge_to(said)
         return ids
+
+    def target(self, draft: Draft) -> tuple[int, ...]:
+        """The draft's own ids; those of its text and an end token where it was written and not sampled."""
+        return draft.token_ids or self.encode(draft.text)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Ids of a text as an answer, with its end token."""
+        end = self.end_ids[0] if self.closing_id < 0 else self.closing_id
+        return (*self.tokenizer(text, add_special_tokens=False)["input_ids"], end)
 
     def _bridge_to(self, request: str) -> tuple[int, ...]:
         """Ids between a draft's end token and the next draft, for a request of the strategy's own."""
@@ -70,14 +82,8 @@ class Chat:
     def _render(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
         return tuple(self.tokenizer(_text(self.tokenizer, messages), add_special_tokens=False)["input_ids"])
 
-    def _quote(self, question: str, shown: Sequence[Draft], request: str) -> str:
-        answers = [draft for draft in shown if draft.kind == "answer"]
-        quoted = "".join(f"{_title(draft, answers)}\n{draft.text}\n\n" for draft in shown)
-        plural = "S" if len(answers) > 1 else ""
-        return QUOTED.format(question=question, answers=quoted, request=request or self.request, plural=plural)
 
-
-def load(tokenizer: Any, model_end_ids: Sequence[int], request: str, layout: Layout = "auto") -> Chat:
+def load(tokenizer: Any, model_end_ids: Sequence[int], requests: Requests, layout: Layout = "auto") -> Chat:
     """Find out what the template can do. Raises ModelError where there is no chat template."""
     where = f"tokenizer of {getattr(tokenizer, 'name_or_path', '') or 'the model'}"
     if not getattr(tokenizer, "chat_template", None):
@@ -90,15 +96,17 @@ def load(tokenizer: Any, model_end_ids: Sequence[int], request: str, layout: Lay
     if not end_ids:
         raise ModelError(where, "No end-of-sequence token is known.", "Set eos_token_id in generation_config.")
     ends = tuple(sorted(end_ids))
-    quoted = Chat(tokenizer, "quoted", ends, request)
+    quoted = Chat(tokenizer, "quoted", ends, requests)
     if layout == "quoted":
         return quoted
-    bridge, why = _bridge(tokenizer, end_ids, request)
+    bridge, why = _bridge(tokenizer, end_ids, requests.refine)
     if bridge is not None:
-        return Chat(tokenizer, "conversation", ends, request, bridge[1:], bridge[0])
+        critique, _ = _bridge(tokenizer, end_ids, requests.critique)
+        bridges = {requests.refine: bridge[1:], requests.critique: critique[1:] if critique else ()}
+        return Chat(tokenizer, "conversation", ends, requests, bridges, bridge[0])
     if layout == "conversation":
         raise ModelError(where, f"The chat template is not prefix-preserving: {why}.", "Set options.layout=quoted.")
-    return Chat(tokenizer, "quoted", ends, request, notice=f"drafts are quoted in one message, because {why}")
+    return Chat(tokenizer, "quoted", ends, requests, notice=f"drafts are quoted in one message, because {why}")
 
 
 def _bridge(tokenizer: Any, end_ids: set[int], request: str) -> tuple[tuple[int, ...] | None, str]:
@@ -121,6 +129,12 @@ def _bridge(tokenizer: Any, end_ids: set[int], request: str) -> tuple[tuple[int,
 
 def _text(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _quote(question: str, shown: Sequence[Draft], request: str) -> str:
+    answers = [draft for draft in shown if draft.kind == "answer"]
+    quoted = "".join(f"{_title(draft, answers)}\n{draft.text}\n\n" for draft in shown)
+    return QUOTED.format(question=question, answers=quoted, request=request, plural="S" if len(answers) > 1 else "")
 
 
 def _title(draft: Draft, answers: Sequence[Draft]) -> str:

@@ -5,6 +5,9 @@ A pair (chosen, rejected) gives samples in three contexts:
     direct     x            the question alone
     improve    x, rejected  the draft shown is the worse one: improve it, do not repeat it
     keep       x, chosen    the draft shown is the better one: keep it, do not degrade it
+    critique   x, the draft the answer is the verifier's critique of that draft
+
+Where an objective needs the last one, the drafts of the other contexts are shown with their critiques.
 
 An objective on pairs names the (context, answer) rows it needs; only those are computed. An objective on groups needs
 no rows: it reads every draft in the context in which it was sampled, with the number that a selection rule gave it.
@@ -19,10 +22,10 @@ from torch import Tensor
 
 from upturn.numerics import sum_by_sample
 
-Context = Literal["direct", "improve", "keep"]
+Context = Literal["direct", "improve", "keep", "critique"]
 Side = Literal["chosen", "rejected"]
 Row = tuple[Context, Side]
-CONTEXTS: tuple[Context, ...] = ("direct", "improve", "keep")
+CONTEXTS: tuple[Context, ...] = ("direct", "improve", "keep", "critique")
 SIDES: tuple[Side, ...] = ("chosen", "rejected")
 
 

@@ -1,21 +1,24 @@
 """Negative log-likelihood of chosen answers in any mix of contexts: joint SFT (EVOLVE, arXiv:2502.05605, eq. 4).
 
 What it does   Teaches the better answer directly and as the refinement of a worse draft; with `keep`, also that a
-               good draft is repeated.
-Equation       loss = -[ a log policy(y_w | x) + b log policy(y_w | x, y_l, z) + c log policy(y_w | x, y_w, z) ]
+               good draft is repeated; with `critique`, also what is wrong with a draft, which the other contexts show.
+Equation       loss = -[ a log policy(y_w | x) + b log policy(y_w | x, y_l, z) + c log policy(y_w | x, y_w, z)
+                         + d log policy(q_w | x, y_w) + d log policy(q_l | x, y_l) ]       q: the verifier's critique
                summed over tokens; the weight is the weighted number of tokens, so the mean is per token.
-Needs          chosen answers in the contexts with a weight above 0.
-Differs        The paper's form is a = b = 1, c = 0 (as printed by a derivative work); weights are ours to set.
+Needs          chosen answers in the contexts with a weight above 0; critiques of both answers.
+Differs        The paper's form is a = b = 1, c = d = 0 (as printed by a derivative work); weights are ours to set.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from pydantic import Field
 from torch import Tensor
 
 from upturn._model import Strict
 from upturn.numerics import sum_by_sample
-from upturn.objectives._base import CONTEXTS, Batch, Context, Loss, Row, _row
+from upturn.objectives._base import CONTEXTS, SIDES, Batch, Context, Loss, Row, Side, _row
 
 
 class Config(Strict):
@@ -27,15 +30,19 @@ class Config(Strict):
     """Weight of refining the worse draft into the better one."""
     keep: float = Field(default=0.0, ge=0)
     """Weight of repeating the better draft when it is shown."""
+    critique: float = Field(default=0.0, ge=0)
+    """Weight of saying what the verifier says of either draft."""
 
 
-def _weights(cfg: Config) -> dict[Context, float]:
-    return {context: w for context in CONTEXTS if (w := getattr(cfg, context)) > 0}
+def _weights(cfg: Config) -> dict[Row, float]:
+    sides: dict[Context, Sequence[Side]] = {"critique": SIDES}
+    rows: list[Row] = [(context, side) for context in CONTEXTS for side in sides.get(context, ("chosen",))]
+    return {(context, side): w for context, side in rows if (w := getattr(cfg, context)) > 0}
 
 
 def needs(cfg: Config) -> frozenset[Row]:
-    """Chosen answers in the weighted contexts."""
-    return frozenset((context, "chosen") for context in _weights(cfg))
+    """Chosen answers in the weighted contexts, and both critiques."""
+    return frozenset(_weights(cfg))
 
 
 def uses_reference(cfg: Config) -> bool:
@@ -47,9 +54,9 @@ def loss(logprobs_N: Tensor, batch: Batch, cfg: Config) -> Loss:
     """Weighted NLL over target tokens."""
     logprobs_S = sum_by_sample(logprobs_N, batch.owner_N, len(batch.num_tokens_S))
     total, weight, metrics = logprobs_S.sum() * 0, 0.0, {}
-    for context, w in _weights(cfg).items():
-        rows = _row(batch, context, "chosen")
+    for (context, side), w in _weights(cfg).items():
+        rows = _row(batch, context, side)
         total = total - w * logprobs_S[rows].sum()  # eq. 4
         weight += w * float(batch.num_tokens_S[rows].sum())
-        metrics[f"{context}/logps/chosen"] = logprobs_S[rows].detach().sum()
+        metrics[f"{context}/logps/{side}"] = logprobs_S[rows].detach().sum()
     return Loss(total, weight, metrics)

@@ -83,8 +83,9 @@ def same(one: Draft, other: Draft) -> bool:
 
 def pair(attempt: Attempt, chosen: Draft, rejected: Draft, p: float = 1.0) -> Pair:
     """A pair of an attempt's drafts, with the verifier's word on both where they were scored."""
-    right = [score.right for score in attempt.scores] or [False] * len(attempt.drafts)
-    return Pair(attempt.prompt, chosen, rejected, p, right[chosen.index], right[rejected.index])
+    scores = attempt.scores or [Score(0.0, False)] * len(attempt.drafts)
+    better, worse = scores[chosen.index], scores[rejected.index]
+    return Pair(attempt.prompt, chosen, rejected, p, better.right, worse.right, better.critique, worse.critique)
 
 
 def judged(attempt: Attempt) -> dict[int, Score]:

@@ -5,6 +5,8 @@ Differs   The paper shows all earlier answers and critiques; here the last answe
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pydantic import Field
 
 from upturn._model import Strict
@@ -17,16 +19,13 @@ class Config(Strict):
 
     turns: int = Field(default=4, ge=1)
     """Answers for each prompt, at most: the direct answer, then the refinements."""
-    critique_request: str = Field(
-        default="Check this answer step by step. Name each mistake and say how to mend it, but do not write a new "
-        "answer. If nothing is wrong, write: no changes needed.",
-        min_length=1,
-    )
-    """What the user says behind an answer to get a critique."""
-    revise_request: str = "Now write the whole answer again, with every mistake named above mended."
+    critique_request: str = ""
+    """What the user says behind an answer to get a critique; empty for the task's own request."""
+    revise_request: str = ""
     """What the user says behind the critique; empty for the task's own request to refine."""
     stop: str = "no changes needed"
-    """A critique with these words, in small or capital letters, is the last draft; empty: none is."""
+    """A critique with these words, in small or capital letters, keeps the answer for all turns that are left; empty:
+    none does."""
 
     @property
     def num_drafts(self) -> int:
@@ -38,11 +37,22 @@ async def generate(prompt: Prompt, sample: Sampler, cfg: Config) -> list[Draft]:
     """Answer, critique, answer and so on, each one shown the last answer and what was said of it."""
     answer = await sample(prompt, shown=[])
     drafts = [answer]
-    while len(drafts) < cfg.num_drafts:
+    while answer.turn < cfg.turns:
         critique = await sample(prompt, shown=[answer], request=cfg.critique_request, kind="critique")
         drafts.append(critique)
         if cfg.stop and cfg.stop.lower() in critique.text.lower():
-            break
+            return [*drafts, *_kept(answer, critique, cfg.turns)]
         answer = await sample(prompt, shown=[answer, critique], request=cfg.revise_request)
         drafts.append(answer)
     return drafts
+
+
+def _kept(answer: Draft, critique: Draft, turns: int) -> list[Draft]:
+    """The answer as that of all turns to come, at no cost: what somebody holds who heeds the stop signal."""
+    kept: list[Draft] = []
+    shown = [answer, critique]
+    free = replace(answer, num_tokens_told=0, prompt_tokens=0, cached_tokens=0, request="")
+    for turn in range(answer.turn + 1, turns + 1):
+        kept.append(replace(free, index=shown[-1].index + 1, turn=turn, parents=tuple(draft.index for draft in shown)))
+        shown = kept[-1:]
+    return kept

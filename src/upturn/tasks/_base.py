@@ -16,7 +16,8 @@ class Task(Protocol):
     """
 
     refine_request: str
-    """What the user says after a draft to ask for a better one."""
+    """What the user says after a draft to ask for a better one. A task may have a `critique_request`, too: what the
+    user says to have a draft criticised."""
     max_new_tokens: int
     """A length that fits nearly every good answer."""
 

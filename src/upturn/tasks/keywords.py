@@ -4,6 +4,8 @@ A word counts only as it was given, in any case but not inflected ("runs" is not
 where it is used: alone in quotation marks (the word "dog") it is mentioned, which solves nothing.
 Words are runs of letters and digits, so that "sea-green" is two; the limit counts the same words.
 
+The critique goes through the words one by one, with what is to be done: "Words: snow yes, uncle no. So add uncle."
+
 The value is a product, and exactly 1 where the answer is right:
     share of the words used * 1 / sentences * limit / words (if too long)
     * 1/2 (if there is no end mark) * 1/2 (if there is nothing but the given words)
@@ -57,6 +59,11 @@ class Config(Strict):
         "word limit. Write an improved sentence only."
     )
     """What the user says after a draft."""
+    critique_request: str = (
+        "Check the sentence word by word: is each given word used, is it one sentence, and is it short enough? If so, "
+        "write: no changes needed."
+    )
+    """What the user says to get a draft criticised."""
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
@@ -75,7 +82,7 @@ class Keywords:
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
-        self.refine_request = cfg.refine_request
+        self.refine_request, self.critique_request = cfg.refine_request, cfg.critique_request
         self.max_new_tokens = 48
 
     def prompts(self, split: Split, start: int, count: int) -> list[Prompt]:
@@ -87,19 +94,23 @@ class Keywords:
         asked = re.findall(r'"(\w+)"', prompt.text)
         words = _WORD.findall(answer.lower())
         if not words:
-            return Score(0.0, False, "empty")
+            return Score(0.0, False, "empty", critique="It is empty. So write a sentence.")
         used = _WORD.findall(_MENTION.sub(" ", answer.lower()))
         missing = [word for word in asked if word not in used]
         sentences = num_sentences(answer)
-        faults = {
-            f"missing: {', '.join(missing)}": 1 - len(missing) / max(1, len(asked)),
-            f"{sentences} sentences": 1 / sentences,
-            f"{len(words)} words": min(1.0, self.cfg.max_words / len(words)),
-            "no end mark": 1.0 if _END.search(answer.rstrip()) else 0.5,
-            "only a list": 1.0 if set(words) - set(asked) else 0.5,
-        }
-        value = math.prod(faults.values())
-        return Score(value, value == 1.0, "; ".join(fault for fault, factor in faults.items() if factor < 1))
+        judged = [
+            (f"missing: {', '.join(missing)}", 1 - len(missing) / max(1, len(asked)), f"add {' and '.join(missing)}"),
+            (f"{sentences} sentences", 1 / sentences, "make it one sentence"),
+            (f"{len(words)} words", min(1.0, self.cfg.max_words / len(words)), "make it shorter"),
+            ("no end mark", 1.0 if _END.search(answer.rstrip()) else 0.5, "end it with a full stop"),
+            ("only a list", 1.0 if set(words) - set(asked) else 0.5, "make it a sentence"),
+        ]
+        value = math.prod(factor for _, factor, _ in judged)
+        faults = [(fault, mend) for fault, factor, mend in judged if factor < 1]
+        found = ", ".join(f"{word} {'no' if word in missing else 'yes'}" for word in asked)
+        so = f"So {'; '.join(mend for _, mend in faults)}." if faults else "No changes needed."
+        note = "; ".join(fault for fault, _ in faults)
+        return Score(value, value == 1.0, note, critique=f"Words: {found}. {so}")
 
     def vote_key(self, prompt: Prompt, answer: str) -> str:
         """The words in lower case, without punctuation."""

@@ -12,10 +12,12 @@ from upturn import trees
 from upturn.errors import DataError
 from upturn.models.chat import Chat
 from upturn.numerics import sum_by_sample
-from upturn.objectives._base import CONTEXTS, SIDES, Batch, Row
-from upturn.types import Example, Group, Pair, Sample
+from upturn.objectives._base import CONTEXTS, SIDES, Batch, Context, Row, Side
+from upturn.types import Draft, Example, Group, Pair, Sample
 
 Rows = tuple[Row, ...]
+SHOWN: dict[Context, Side] = {"improve": "rejected", "keep": "chosen"}
+"""The side whose answer a context shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +45,35 @@ def samples_of(example: Example, rows: Rows, chat: Chat) -> list[Sample]:
     """The samples of one example. Targets are the sampled ids; only the last answer is a target."""
     if isinstance(example, Group):
         return _drafts(example, chat)
-    shown = {"direct": (), "improve": (example.rejected,), "keep": (example.chosen,)}
-    contexts = {c: chat.context(example.prompt.text, shown[c]) for c in {context for context, _ in rows}}
-    return [Sample(contexts[context], getattr(example, side).token_ids) for context, side in rows]
+    question, critiques = example.prompt.text, any(context == "critique" for context, _ in rows)
+    samples: list[Sample] = []
+    for context, side in rows:
+        answer = getattr(example, side)
+        if context == "critique":
+            said = _critique(example, side)
+            samples.append(Sample(chat.context(question, (answer,), kind="critique"), chat.target(said)))
+        else:
+            shown = () if context == "direct" else _shown(example, SHOWN[context], critiques=critiques)
+            samples.append(Sample(chat.context(question, shown), chat.target(answer)))
+    return samples
+
+
+def _shown(pair: Pair, side: Side, *, critiques: bool) -> tuple[Draft, ...]:
+    """A side's answer, and what is said of it."""
+    answer: Draft = getattr(pair, side)
+    return (answer, _critique(pair, side)) if critiques else (answer,)
+
+
+def _critique(pair: Pair, side: Side) -> Draft:
+    """What the verifier says of a side's answer."""
+    answer: Draft = getattr(pair, side)
+    if not (said := getattr(pair, f"{side}_critique")):
+        raise DataError(
+            f"prompt {pair.prompt.id}",
+            "The objective learns critiques, and the scorer gave none.",
+            "Set its `critique` to 0, or use a task whose verifier gives critiques: keywords does.",
+        )
+    return Draft(answer.index + 1, answer.turn, (answer.index,), said, (), (), "stop", 0, 0, kind="critique")
 
 
 def _drafts(group: Group, chat: Chat) -> list[Sample]:
@@ -59,10 +87,8 @@ def _drafts(group: Group, chat: Chat) -> list[Sample]:
             "Sample with a strategy without critiques.",
         )
     question = group.attempt.prompt.text
-    return [
-        Sample(chat.context(question, [by_index[i] for i in draft.parents], draft.request), draft.token_ids)
-        for draft in learnt
-    ]
+    contexts = (chat.context(question, [by_index[i] for i in d.parents], d.request, d.kind) for d in learnt)
+    return [Sample(context, chat.target(draft)) for context, draft in zip(contexts, learnt, strict=True)]
 
 
 def tree_size(samples: Sequence[Sample]) -> int:
