@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +54,17 @@ def fresh(model: Path, dtype: str = "float32") -> load.Loaded:
 
 def state(loaded: load.Loaded) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+
+
+def test_critiques_are_learnt_beside_the_preferences(tiny_model: Path, tmp_path: Path):
+    loaded, entries = fresh(tiny_model), []
+    cfg = evolve.Config(nll_weight=0.5, nll=nll.Config(direct=0, critique=1))
+    plain = job(loaded, tmp_path, cfg=cfg, num_train_epochs=6.0)
+    judged = [replace(pair, chosen_critique="fine", rejected_critique="too short") for pair in plain.examples]
+    train.run(loaded.model, replace(plain, examples=judged), entries.append)
+    assert entries[0]["improve/rewards/margins"] == 0
+    assert entries[0]["refine/loss"] == pytest.approx(0.5, abs=1e-6)
+    assert entries[-1]["nll/loss"] < 0.95 * entries[0]["nll/loss"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
