@@ -59,10 +59,7 @@ class Config(Strict):
         "word limit. Write an improved sentence only."
     )
     """What the user says after a draft."""
-    critique_request: str = (
-        "Check the sentence word by word: is each given word used, is it one sentence, and is it short enough? If so, "
-        "write: no changes needed."
-    )
+    critique_request: str = "Check the sentence word by word. If all is well, write: no changes needed."
     """What the user says to get a draft criticised."""
 
     @model_validator(mode="after")
