@@ -85,7 +85,7 @@ class Scripted:
             index=index,
             turn=last if kind == "critique" else last + 1,
             parents=parents,
-            text=f"{self.says} {index}",
+            text=f"{index} {self.says}",
             token_ids=(index,),
             sampler_logprobs=(-0.5,),
             finish_reason="length" if self.cut else "stop",
@@ -188,6 +188,11 @@ class TestCritiqueRefine:
         assert [draft.num_tokens for draft in folded] == [answer.num_tokens, critique.num_tokens, 0]
         assert [draft.critique for draft in folded] == ["", critique.text, ""]
         assert [draft.parents for draft in folded] == [(), (0,), (1,)]
+
+    def test_the_words_must_end_the_critique(self):
+        says = "There are no changes needed and it can be edited."
+        assert len(generate("critique_refine", {"turns": 3}, Scripted(says=says))) == 5
+        assert all(draft.num_tokens for draft in generate("critique_refine", {"turns": 3}, Scripted(says=says)))
 
     def test_only_a_critique_can_end_it(self):
         class Praises(Scripted):

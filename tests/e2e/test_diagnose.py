@@ -32,6 +32,21 @@ def test_a_verdict_tells_the_scripted_models_apart(model: str, more: list[str], 
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.parametrize(("strategy", "chain", "direct"), [("chain", 3, 5), ("critique_refine", 3, 7)])
+def test_the_controls_are_two_more_than_the_drafts_of_a_chain(strategy: str, chain: int, direct: int, tmp_path: Path):
+    with ScriptedServer() as server:
+        done = diagnose("refines", server.url, tmp_path, "--strategy", strategy, "-t", "3", "--prompts", "4")
+    assert done.exit_code == 0, done.output
+    drafts = {path.stem: _drafts(path) for path in (tmp_path / "drafts").iterdir()}
+    assert {name: len(found) for name, found in drafts.items()} == {"model": chain, "model.parallel": direct}
+    assert [bool(draft["critique"]) for draft in drafts["model"]] == [False] + [strategy == "critique_refine"] * 2
+
+
+def _drafts(path: Path) -> list[dict[str, object]]:
+    """Of the first prompt."""
+    return json.loads(path.read_text().splitlines()[0])["drafts"]
+
+
 def test_a_second_diagnosis_asks_nothing_again(tmp_path: Path):
     with ScriptedServer() as server:
         first = diagnose("copies", server.url, tmp_path, "--prompts", "20")
@@ -54,4 +69,12 @@ def test_a_wrong_setting_of_the_task_is_one_message(tmp_path: Path):
     wrong = diagnose("copies", "http://localhost:9/v1", tmp_path, "max_word=20")
     assert wrong.exit_code == 2
     assert "Did you mean 'max_words'?" in wrong.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_strategy_is_one_message(tmp_path: Path):
+    wrong = diagnose("copies", "http://localhost:9/v1", tmp_path, "--strategy", "critic_refine")
+    assert wrong.exit_code == 2
+    assert "There is no 'critic_refine' among the strategies." in wrong.output
+    assert "Did you mean 'critique_refine'?" in wrong.output
     assert list(tmp_path.iterdir()) == []

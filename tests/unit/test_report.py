@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -24,7 +28,8 @@ from upturn.report import arms, drafts, drawing, flow, read, terminal
 from upturn.report.diff import word_diff
 from upturn.report.formats import duration, listing, memory, p_value
 from upturn.report.page import write_page
-from upturn.types import Attempt
+from upturn.strategies import critique_refine
+from upturn.types import Attempt, Draft, Kind, Prompt, Score, answers
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +189,97 @@ def test_long_drafts_are_cut_and_many_do_not_make_a_long_page(tmp_path: Path):
     assert "more characters" in text
     shown = [text.count(f'data-model="{label}"') for label in LABELS]
     assert min(shown) > 0 and max(shown) - min(shown) <= 1
+
+
+def criticised(*critiques: str, kept: Sequence[int] = ()) -> Attempt:
+    """A chain whose later drafts followed these critiques; at the turns in `kept` nothing was asked of the model."""
+    plain = chain("criticised", *[True] * (len(critiques) + 1))
+    drafts = list(plain.drafts)
+    for place, critique in enumerate(critiques, 1):
+        tokens = len(critique.split())
+        if place + 1 in kept:
+            text = drafts[place - 1].text
+            drafts[place] = replace(drafts[place], text=text, num_tokens_told=tokens, prompt_tokens=0, cached_tokens=0)
+        drafts[place] = replace(drafts[place], critique=critique)
+    return replace(plain, drafts=tuple(drafts))
+
+
+def page_of(folder: Path, *attempts: Attempt) -> str:
+    run_folder.write(folder, summary_of(list(attempts), training=[], stages=[]), [list(attempts)])
+    page = write_page(folder).read_text()
+    Outline(page)
+    return page
+
+
+def articles(page: str) -> list[tuple[str, str]]:
+    """(critique, last line) of each draft on a page, as a reader sees them."""
+    found = re.findall(r"<article.*?</article>", page, re.DOTALL)
+    return [(_seen("critique", article), _seen("about", article)) for article in found]
+
+
+def _seen(name: str, article: str) -> str:
+    found = re.search(f'<p class="{name}">(.*?)</p>', article, re.DOTALL)
+    return unescape(re.sub("<[^>]*>", "", found[1])) if found else ""
+
+
+def test_a_critique_stands_above_the_draft_that_followed_it(tmp_path: Path):
+    page = page_of(tmp_path, criticised("Too long.\nAdd a word.", "No changes needed.", "", kept=(3, 4)))
+    assert articles(page) == [
+        ("", "score 1 · 2 tokens"),
+        ("critique: Too long.\nAdd a word.", "score 1 · 2 tokens with the critique"),
+        ("critique: No changes needed.", "score 1 · kept · 3 tokens with the critique"),
+        ("", "score 1 · kept · 0 tokens"),
+    ]
+    second = page.split("<article")[2]
+    assert re.findall(r'<p class="(\w+)"', second) == ["critique", "text", "about"]
+    assert "critique of the one before" in page
+
+
+def test_what_the_strategy_keeps_is_told_as_kept():
+    said = iter(["a", "Longer.", "a b", "No changes needed."])
+
+    async def sample(prompt: Prompt, shown: Sequence[Draft], request: str = "", kind: Kind = "answer") -> Draft:
+        turn = 1 + sum(draft.kind == "answer" for draft in shown) - (kind == "critique")
+        parents, text = tuple(draft.index for draft in shown), next(said)
+        index = max(parents, default=-1) + 1
+        return Draft(index, turn, parents, text, (7,) * len(text.split()), (), "stop", 9, 0, None, kind, request)
+
+    prompt = Prompt("a", "question")
+    made = asyncio.run(critique_refine.generate(prompt, sample, critique_refine.Config(turns=4)))
+    [attempt] = answers([Attempt(prompt, tuple(made))])
+    scored = replace(attempt, scores=(Score(1.0, True),) * 4)
+    [shown] = drafts.shelf([("base", [scored])], "keywords").shown
+    assert [(str(draft.critique), *draft.about[1:]) for draft in shown.drafts] == [
+        ("", "1 tokens"),
+        ("Longer.", "3 tokens with the critique"),
+        ("No changes needed.", "kept", "3 tokens with the critique"),
+        ("", "kept", "0 tokens"),
+    ]
+
+
+def test_a_critique_is_text_and_is_cut_like_a_draft(tmp_path: Path):
+    page = page_of(tmp_path, criticised(HOSTILE), criticised("x" * (drafts.LONGEST + 7)))
+    assert "<script>alert" not in page and "<!--" not in page
+    shown = [critique for critique, _ in articles(page) if critique]
+    assert shown[0] == f"critique: {drafts.visible(HOSTILE)}"
+    assert shown[1] == f"critique: {'x' * drafts.LONGEST} … and 7 more characters"
+
+
+def test_long_critiques_do_not_make_a_long_page(tmp_path: Path):
+    page = page_of(tmp_path, *[criticised(*['"' * drafts.LONGEST] * 5)] * 60)
+    # a quotation mark is five bytes on the page: all sixty would be 4.5 million
+    assert 1_000_000 < len(page) < drafts.BYTES + 300_000
+
+
+def test_drafts_without_critiques_say_nothing_of_them(page: str):
+    assert 'class="critique"' not in page and "critique of the one before" not in page
+
+
+def test_an_endpoint_that_counts_no_tokens_kept_nothing():
+    plain = chain("a", True, True)
+    uncounted = tuple(replace(draft, text="same", prompt_tokens=0, token_ids=()) for draft in plain.drafts)
+    [attempt] = drafts.shelf([("base", [replace(plain, drafts=uncounted)])], "keywords").shown
+    assert attempt.drafts[1].about == ("score 1", "unchanged", "0 tokens")
 
 
 def test_the_page_is_the_same_twice_and_leaves_nothing_else(run: Path, page: str):

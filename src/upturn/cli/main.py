@@ -13,6 +13,7 @@ from typing import Annotated, Any, ParamSpec
 import typer
 
 from upturn.errors import UpturnError
+from upturn.types import Requests, to_json
 
 P = ParamSpec("P")
 app = typer.Typer(
@@ -23,13 +24,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+CRITIQUE = Requests(refine="").critique  # fits any question, unlike a task's own
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Folder, hub id, GGUF file or short name.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same drafts.")]
+CritiqueRequest = Annotated[str, typer.Option(help="What is said to get a critique, with critique_refine.")]
 TaskOption = Annotated[str, typer.Option("--task", help="Name of a task (see `upturn list tasks`).")]
 Turns = Annotated[int, typer.Option("--turns", "-t", min=2, help="Turns per prompt.")]
+Strategy = Annotated[str, typer.Option(help="chain, critique_refine, ... (see `upturn list strategies`).")]
 NumPrompts = Annotated[int, typer.Option("--prompts", "-n", min=1, help="Held-out prompts.")]
 Data = Annotated[str | None, typer.Option(help="Where the task's data lie.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float32 or auto.")]
@@ -102,9 +106,11 @@ def refine(
     turns: Annotated[int, typer.Option("--turns", "-t", min=1, help="Answers, the direct one included.")] = 4,
     temperature: Temperature = 0.7,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
-    request: Annotated[str, typer.Option(help="What is said after each answer.")] = (
+    request: Annotated[str, typer.Option(help="What is said to get a better answer.")] = (
         "Improve your answer. Reply with the improved answer only."
     ),
+    strategy: Strategy = "chain",
+    critique_request: CritiqueRequest = CRITIQUE,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -112,10 +118,10 @@ def refine(
     from upturn.cli import verbs
 
     _quiet(True, as_json)
-    attempt = verbs.refine(question, model, turns, temperature, max_new_tokens, request, seed, show=not as_json)
+    plugin, requests = verbs.strategy(strategy, turns), Requests(request, critique_request)
+    how = verbs.Refining(plugin, requests, temperature, max_new_tokens, seed)
+    attempt = verbs.refine(question, model, how, show=not as_json)
     if as_json:
-        from upturn.types import to_json
-
         _print_json(to_json(attempt))
 
 
@@ -126,6 +132,7 @@ def evaluate(
     task: TaskOption,
     task_settings: TaskSettings = None,
     turns: Turns = 4,
+    strategy: Strategy = "chain",
     prompts: NumPrompts = 300,
     temperature: Temperature = 0.7,
     seed: Seed = 0,
@@ -136,12 +143,13 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """The turn table of any model on any task."""
+    from upturn.cli import verbs
     from upturn.lab import session
 
     _quiet(quiet, as_json)
-    settings = {"turns": turns, "prompts": prompts, "sampling": {"temperature": temperature}}
+    cfg = verbs.measuring(strategy, turns, prompts, temperature)
     setting = session.Setting(seed, data, dtype, output_dir, task_settings or ())
-    folder, summary = session.evaluate(model, task, settings, setting)
+    folder, summary = session.evaluate(model, task, cfg, setting)
     if as_json:
         _print_json(json.loads(summary.model_dump_json()))
         return
@@ -164,6 +172,7 @@ def diagnose(
     ] = None,
     base: Annotated[str | None, typer.Option(help="The model it came from: what did its first turn gain?")] = None,
     turns: Turns = 4,
+    strategy: Strategy = "chain",
     prompts: NumPrompts = 300,
     temperature: Temperature = 0.7,
     seed: Seed = 0,
@@ -184,7 +193,7 @@ def diagnose(
     _quiet(quiet, as_json)
     asked = verbs.place(model, api, concurrency, max_retries)
     came_from = verbs.place(base, api, concurrency, max_retries) if base else None
-    cfg = {"turns": turns, "prompts": prompts, "sampling": {"temperature": temperature}}
+    cfg = verbs.measuring(strategy, turns, prompts, temperature)
     setting = session.Setting(seed, data, dtype, output_dir, task_settings or (), skip_failed)
     folder, _ = session.diagnose(asked, task, cfg, setting, came_from)
     study = read.study_of(folder)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +13,26 @@ from upturn.errors import ConfigError
 from upturn.types import Attempt, Draft, Prompt, Requests
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from upturn.config import Plugin
     from upturn.engines.api import Endpoint
     from upturn.evaluation.study import Study
 
 ROOMS = (*registry.ROOMS, "configs")
+_STYLES = {"answer": ("bold", ""), "critique": ("bold dim", "dim")}
+"""Of a draft's title and of its text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refining:
+    """How one question is answered, and the answer refined."""
+
+    strategy: Plugin
+    requests: Requests
+    temperature: float
+    max_new_tokens: int
+    seed: int
 
 
 def catalogue(what: str | None) -> dict[str, dict[str, str]]:
@@ -44,6 +63,23 @@ def place(model: str, api: str | None, concurrency: int, max_retries: int) -> st
     return config.checked(Endpoint, asked, "--api")
 
 
+def strategy(name: str, turns: int) -> Plugin:
+    """A strategy of so many turns. Raises ConfigError where there is none of this name, or none with turns."""
+    from upturn import config
+
+    return config.plugin("strategies", _strategy(name, turns))
+
+
+def measuring(strategy: str, turns: int, prompts: int, temperature: float) -> dict[str, Any]:
+    """What is measured, as it stands in a recipe file."""
+    sampling = {"temperature": temperature}
+    return {"prompts": prompts, "turns": turns, "strategy": _strategy(strategy, turns), "sampling": sampling}
+
+
+def _strategy(name: str, turns: int) -> dict[str, Any]:
+    return {"name": name, "turns": turns}
+
+
 def show_diagnosis(folder: Path, study: Study) -> None:
     """The verdict, the turns of the model, its controls, and where the page lies."""
     from rich.console import Console
@@ -58,57 +94,49 @@ def show_diagnosis(folder: Path, study: Study) -> None:
     console.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def refine(
-    question: str,
-    model: str,
-    turns: int,
-    temperature: float,
-    max_new_tokens: int,
-    request: str,
-    seed: int,
-    *,
-    show: bool,
-) -> Attempt:
-    """Answer, refine for some turns, and print each turn as it comes."""
+def refine(question: str, model: str, how: Refining, *, show: bool) -> Attempt:
+    """Answer, refine for some turns, and print each answer and each critique as it comes."""
     from rich.console import Console
 
     from upturn.engines import local, sampling
     from upturn.models import chat, load
-    from upturn.strategies import chain
 
     console = Console()
     loaded = load.load(model)
-    talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests(request))
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, how.requests)
     if talk.notice and show:
         console.print(f"({talk.notice})", style="dim")
-    how = sampling.Config(temperature=temperature, max_new_tokens=max_new_tokens)
-    seen: list[Draft] = []
+    lengths = sampling.Config(temperature=how.temperature, max_new_tokens=how.max_new_tokens)
+    seen: dict[int, Draft] = {}
 
     def on_draft(draft: Draft) -> None:
         if show:
             _show(console, draft, seen)
-        seen.append(draft)
+        seen[draft.index] = draft
 
-    async def strategy(prompt: Prompt, sample: Any) -> list[Draft]:
-        return await chain.generate(prompt, sample, chain.Config(turns=turns))
-
-    engine = local.Local(loaded.model, talk, how, seed=seed, slots=1)
+    engine = local.Local(loaded.model, talk, lengths, seed=how.seed, slots=1)
     prompt = Prompt("question", question)
     engine.check([prompt])
-    return engine.run([prompt], strategy, on_draft)[0]
+    [attempt] = engine.run([prompt], partial(how.strategy.module.generate, cfg=how.strategy.cfg), on_draft)
+    if show and len(attempt.drafts) > len(seen):  # kept answers cost nothing: the model was not asked for them
+        console.print("The critique found nothing to change: the answer stays.", style="dim", highlight=False)
+    return attempt
 
 
-def _show(console: Any, draft: Draft, seen: list[Draft]) -> None:
+def _show(console: Console, draft: Draft, seen: Mapping[int, Draft]) -> None:
+    """Print one draft, with its changes against the last answer among the drafts that it was shown."""
     from upturn.report import terminal
 
+    shown = [seen[index].text for index in draft.parents if seen[index].kind == draft.kind]
+    same = draft.text in shown[-1:]
+    changed = shown and not same and console.is_terminal  # without colours a diff reads like one text
+    text = terminal.diff(shown[-1], draft.text) if changed else draft.text
+    title = "Turn" if draft.kind == "answer" else "Critique of turn"
     cut = "" if draft.complete else ", cut at the length limit"
-    same = bool(seen) and seen[-1].text == draft.text
     console.print(
-        f"Turn {draft.turn}{' (unchanged)' if same else ''} [{draft.num_tokens} tokens{cut}]",
-        style="bold",
+        f"{title} {draft.turn}{' (unchanged)' if same else ''} [{draft.num_tokens} tokens{cut}]",
+        style=_STYLES[draft.kind][0],
         markup=False,
     )
-    changed = seen and not same and console.is_terminal  # without colours a diff reads like one text
-    text = terminal.diff(seen[-1].text, draft.text) if changed else draft.text
-    console.print(text, highlight=False, markup=False)
+    console.print(text, style=_STYLES[draft.kind][1], highlight=False, markup=False)
     console.print()

@@ -1,4 +1,7 @@
-"""The drafts on the page: a balanced choice of attempts, each draft with its changes against the one it was shown."""
+"""The drafts on the page: a balanced choice of attempts, each draft with its changes against the one it was shown.
+
+A critique stands above the answer that followed it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ MOST = 60
 BYTES = 2_500_000
 """Of all drafts together, as HTML; every model has the same part of it."""
 LONGEST = 3_000
-"""Characters of one draft; more are cut, and the page says so."""
+"""Characters of one draft, and of one critique; more are cut, and the page says so."""
 
 _TAGS = {"added": "<ins>{}</ins>", "removed": "<del>{}</del>", "same": "{}", "gap": "{}"}
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
@@ -44,6 +47,14 @@ class ShownDraft:
     html: Markup
     cut: int
     """Characters left out."""
+    critique: Markup
+    """What it was to follow; empty where there was no critique, as with an answer that had been kept before."""
+    critique_cut: int
+
+    @property
+    def size(self) -> int:
+        """Bytes on the page, about."""
+        return len(self.html.encode()) + len(self.critique.encode()) + 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +74,7 @@ class Shown:
     @property
     def size(self) -> int:
         """Bytes on the page, about."""
-        return len(self.prompt.encode()) + sum(len(draft.html.encode()) + 500 for draft in self.drafts) + 700
+        return len(self.prompt.encode()) + sum(draft.size for draft in self.drafts) + 700
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +94,11 @@ class Shelf:
     def tasks(self) -> list[str]:
         """Tasks."""
         return sorted({attempt.task for attempt in self.shown})
+
+    @property
+    def critiques(self) -> bool:
+        """Whether any draft followed a critique."""
+        return any(draft.critique for attempt in self.shown for draft in attempt.drafts)
 
     @property
     def paths(self) -> list[tuple[str, int]]:
@@ -149,18 +165,34 @@ def _show(attempt: Attempt, label: str, task: str) -> Shown:
 
 
 def _draft(attempt: Attempt, draft: Draft, score: Score) -> ShownDraft:
-    text = draft.text[:LONGEST]
+    text, critique = draft.text[:LONGEST], draft.critique[:LONGEST]
     parent = attempt.drafts[draft.parents[-1]].text if draft.parents else None
     pieces = word_diff(text if parent is None else parent[:LONGEST], text)
     html = Markup("").join(Markup(_TAGS[change]).format(escape(visible(piece))) for change, piece in pieces)
     about = (
         "not judged" if score.value != score.value else f"score {score.value:.3g}",
         visible(score.note),
-        "unchanged" if draft.text == parent else "",
+        _unchanged(draft) if draft.text == parent else "",
         "" if draft.complete else "cut short",
-        f"{draft.num_tokens:,} tokens",
+        f"{draft.num_tokens:,} tokens{' with the critique' if draft.critique else ''}",
     )
-    return ShownDraft(draft.turn, score.right, tuple(filter(None, about)), html, len(draft.text) - len(text))
+    return ShownDraft(
+        turn=draft.turn,
+        right=score.right,
+        about=tuple(filter(None, about)),
+        html=html,
+        cut=len(draft.text) - len(text),
+        critique=escape(visible(critique)),
+        critique_cut=len(draft.critique) - len(critique),
+    )
+
+
+def _unchanged(draft: Draft) -> str:
+    """A critique found nothing to change and the model was not asked again, or it wrote the same once more.
+
+    What a model writes has a context, and an endpoint that does not count its tokens counts those of no answer.
+    """
+    return "kept" if draft.prompt_tokens == 0 and draft.num_tokens_told is not None else "unchanged"
 
 
 def visible(text: str) -> str:

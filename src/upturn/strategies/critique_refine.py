@@ -24,8 +24,8 @@ class Config(Strict):
     revise_request: str = ""
     """What the user says behind the critique; empty for the task's own request to refine."""
     stop: str = "no changes needed"
-    """A critique with these words, in small or capital letters, keeps the answer for all turns that are left; empty:
-    none does."""
+    """A critique that ends with these words, in small or capital letters, keeps the answer for all turns that are left;
+    empty: none does."""
 
     @property
     def num_drafts(self) -> int:
@@ -40,7 +40,7 @@ async def generate(prompt: Prompt, sample: Sampler, cfg: Config) -> list[Draft]:
     while answer.turn < cfg.turns:
         critique = await sample(prompt, shown=[answer], request=cfg.critique_request, kind="critique")
         drafts.append(critique)
-        if cfg.stop and cfg.stop.lower() in critique.text.lower():
+        if cfg.stop and critique.text.lower().rstrip(" .!").endswith(cfg.stop.lower()):
             return [*drafts, *_kept(answer, critique, cfg.turns)]
         answer = await sample(prompt, shown=[answer, critique], request=cfg.revise_request)
         drafts.append(answer)

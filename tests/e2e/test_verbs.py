@@ -1,0 +1,127 @@
+"""`upturn refine` and `upturn eval` with a strategy: critiques are asked for and shown, kept answers are told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from typer.testing import CliRunner, Result
+
+from upturn import config
+from upturn.cli import verbs
+from upturn.cli.main import CRITIQUE, app
+from upturn.lab import session
+from upturn.types import Draft, Requests
+
+REQUEST = "Better."
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("verbs") / "model")
+
+
+def refine(model: Path, *more: str) -> Result:
+    wanted = ["refine", "-m", str(model), "-t", "3", "--max-new-tokens", "8", "--request", REQUEST]
+    return CliRunner().invoke(app, [*wanted, *more, "1+1"])
+
+
+def drafts(model: Path, *more: str) -> list[dict[str, Any]]:
+    done = refine(model, "--json", "--strategy", "critique_refine", *more)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)["drafts"]
+
+
+def titles(printed: str) -> list[str]:
+    return [line.partition(" [")[0] for line in printed.splitlines() if line.endswith(" tokens]") or "tokens, " in line]
+
+
+def test_every_critique_is_shown_between_the_answers(model: Path):
+    shown = refine(model, "--strategy", "critique_refine")
+    assert shown.exit_code == 0, shown.output
+    assert titles(shown.stdout) == ["Turn 1", "Critique of turn 1", "Turn 2", "Critique of turn 2", "Turn 3"]
+    for draft in drafts(model):
+        assert draft["text"] in shown.stdout
+
+
+def test_a_chain_is_what_it_was(model: Path):
+    plain = refine(model)
+    assert titles(plain.stdout) == ["Turn 1", "Turn 2", "Turn 3"]
+    assert refine(model, "--strategy", "chain").stdout == plain.stdout
+
+
+def test_critique_and_answer_have_requests_of_their_own(model: Path):
+    generic, own = drafts(model), drafts(model, "--critique-request", "Check.")
+    assert [draft["kind"] for draft in generic] == ["answer", "critique", "answer", "critique", "answer"]
+    # a token is a character: the first critique sees the same answer, behind it another request
+    assert generic[1]["prompt_tokens"] - own[1]["prompt_tokens"] == len(CRITIQUE) - len("Check.")
+    # the refined answer sees the critique too, closed by an end token, and the request between two signs of who speaks
+    _, critique, answer, *_ = own
+    closed = len(critique["token_ids"]) + (critique["finish_reason"] != "stop")
+    assert answer["prompt_tokens"] - critique["prompt_tokens"] == closed + len(REQUEST) + 2
+
+
+def kept(model: Path, capsys: pytest.CaptureFixture[str], stop: str) -> tuple[list[Draft], str]:
+    """Drafts and what was printed, where a critique with the words `stop` ends the refining."""
+    strategy = config.plugin("strategies", {"name": "critique_refine", "turns": 3, "stop": stop})
+    how = verbs.Refining(strategy, Requests(REQUEST), temperature=0.7, max_new_tokens=8, seed=0)
+    attempt = verbs.refine("1+1", str(model), how, show=True)
+    return list(attempt.drafts), capsys.readouterr().out
+
+
+def test_a_kept_answer_ends_the_conversation_with_a_line(model: Path, capsys: pytest.CaptureFixture[str]):
+    through, printed = kept(model, capsys, stop="")
+    assert "nothing to change" not in printed
+    stopped, printed = kept(model, capsys, stop=through[1].text)
+    assert titles(printed) == ["Turn 1", "Critique of turn 1"]
+    assert printed.endswith("\n\nThe critique found nothing to change: the answer stays.\n")
+    assert [draft.turn for draft in stopped if draft.kind == "answer"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("critique_refin", "Did you mean 'critique_refine'?"),
+        ("nothing_like_it", "Choose one of: aggregate, chain"),
+        ("aggregate", "Known keys: proposals, layers."),
+    ],
+)
+def test_a_wrong_strategy_is_one_message_and_leaves_nothing(name: str, told: str, model: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    evaluate = ["eval", "-m", str(model), "--task", "carry", "--output-dir", str(folder), "--strategy", name]
+    for wrong in (refine(model, "--strategy", name), CliRunner().invoke(app, evaluate)):
+        assert wrong.exit_code == 2
+        assert told in wrong.stderr and "Traceback" not in wrong.stderr
+    assert not folder.exists()
+
+
+def measured(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "drafts" / "model.jsonl").read_text().splitlines()]
+
+
+def test_eval_measures_answers_and_keeps_what_was_said_of_them(model: Path, tmp_path: Path):
+    wanted = ["eval", "-m", str(model), "--task", "carry", "-t", "3", "-n", "4", "--output-dir", str(tmp_path)]
+    done = CliRunner().invoke(app, [*wanted, "--strategy", "critique_refine", "--json"])
+    assert done.exit_code == 0, done.output
+    assert [row["turn"] for row in json.loads(done.stdout)["measurements"][0]["turns"]] == [1, 2, 3]
+    for attempt in measured(tmp_path):
+        assert [draft["kind"] for draft in attempt["drafts"]] == ["answer"] * 3
+    texts = [draft["critique"] for attempt in measured(tmp_path) for draft in attempt["drafts"]]
+    assert any(texts), "a critique is not always empty"
+    assert ('class="critique"' in (tmp_path / "report.html").read_text()) == any(texts)
+
+
+def test_eval_refines_in_a_chain_when_not_told(model: Path, tmp_path: Path):
+    folder, _ = session.evaluate(str(model), "carry", {"turns": 3, "prompts": 4}, session.Setting(output_dir=tmp_path))
+    keys = steps(folder)
+    wanted = ["eval", "-m", str(model), "--task", "carry", "-t", "3", "-n", "4"]
+    done = CliRunner().invoke(app, [*wanted, "--output-dir", str(folder), "--json"])
+    assert done.exit_code == 0, done.output
+    assert steps(folder) == keys
+
+
+def steps(folder: Path) -> list[str]:
+    return [json.loads(path.read_text())["key"] for path in sorted((folder / "steps").iterdir())]
