@@ -32,7 +32,7 @@ ROOMS = {
     "tracking": "errors registry types",
     "tasks": "_model errors types",
     "scorers": "_model errors tasks types",
-    "models": "errors evaluation numerics tracking trees types",
+    "models": "_model errors evaluation numerics tracking trees types",
     "engines": "_model errors models types",
     # machinery
     "training": "_model errors models numerics objectives tracking trees types",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import tiny
 from typer.testing import CliRunner, Result
 
-from upturn import config
 from upturn.cli import verbs
-from upturn.cli.main import CRITIQUE, app
+from upturn.cli.main import app
 from upturn.lab import session
+from upturn.models import card
+from upturn.models.card import Refining
 from upturn.types import Draft, Requests
 
 REQUEST = "Better."
@@ -57,7 +59,7 @@ def test_critique_and_answer_have_requests_of_their_own(model: Path):
     generic, own = drafts(model), drafts(model, "--critique-request", "Check.")
     assert [draft["kind"] for draft in generic] == ["answer", "critique", "answer", "critique", "answer"]
     # a token is a character: the first critique sees the same answer, behind it another request
-    assert generic[1]["prompt_tokens"] - own[1]["prompt_tokens"] == len(CRITIQUE) - len("Check.")
+    assert generic[1]["prompt_tokens"] - own[1]["prompt_tokens"] == len(Requests("").critique) - len("Check.")
     # the refined answer sees the critique too, closed by an end token, and the request between two signs of who speaks
     _, critique, answer, *_ = own
     closed = len(critique["token_ids"]) + (critique["finish_reason"] != "stop")
@@ -66,10 +68,31 @@ def test_critique_and_answer_have_requests_of_their_own(model: Path):
 
 def kept(model: Path, capsys: pytest.CaptureFixture[str], stop: str) -> tuple[list[Draft], str]:
     """Drafts and what was printed, where a critique with the words `stop` ends the refining."""
-    strategy = config.plugin("strategies", {"name": "critique_refine", "turns": 3, "stop": stop})
-    how = verbs.Refining(strategy, Requests(REQUEST), temperature=0.7, max_new_tokens=8, seed=0)
+    trained = Refining(strategy={"name": "critique_refine", "stop": stop}, refine=REQUEST)
+    (model / card.REFINING).write_text(trained.model_dump_json())
+    how = verbs.Refining(None, 3, None, None, temperature=0.7, max_new_tokens=8, seed=0)
     attempt = verbs.refine("1+1", str(model), how, show=True)
+    (model / card.REFINING).unlink()
     return list(attempt.drafts), capsys.readouterr().out
+
+
+def test_what_the_model_was_trained_for_is_done_unless_another_is_told(model: Path, tmp_path: Path):
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    trained = Refining(strategy={"name": "critique_refine"}, refine=REQUEST, critique="Check.")
+    (own / card.REFINING).write_text(trained.model_dump_json())
+    done = CliRunner().invoke(app, ["refine", "-m", str(own), "-t", "3", "--max-new-tokens", "8", "--json", "1+1"])
+    assert json.loads(done.stdout)["drafts"] == drafts(model, "--critique-request", "Check.")
+    assert refine(own, "--strategy", "chain").stdout == refine(model).stdout
+
+
+def test_a_broken_file_is_one_message(model: Path, tmp_path: Path):
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    (own / card.REFINING).write_text("{")
+    wrong = refine(own)
+    assert wrong.exit_code == 2
+    assert card.REFINING in wrong.stderr and "Mend or delete it" in wrong.stderr
 
 
 def test_a_kept_answer_ends_the_conversation_with_a_line(model: Path, capsys: pytest.CaptureFixture[str]):

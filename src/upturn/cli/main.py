@@ -13,7 +13,7 @@ from typing import Annotated, Any, ParamSpec
 import typer
 
 from upturn.errors import UpturnError
-from upturn.types import Requests, to_json
+from upturn.types import to_json
 
 P = ParamSpec("P")
 app = typer.Typer(
@@ -24,13 +24,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-CRITIQUE = Requests(refine="").critique  # fits any question, unlike a task's own
+OWN = "what the model was trained for when not given."
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Folder, hub id, GGUF file or short name.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same drafts.")]
-CritiqueRequest = Annotated[str, typer.Option(help="What is said to get a critique, with critique_refine.")]
 TaskOption = Annotated[str, typer.Option("--task", help="Name of a task (see `upturn list tasks`).")]
 Turns = Annotated[int, typer.Option("--turns", "-t", min=2, help="Turns per prompt.")]
 Strategy = Annotated[str, typer.Option(help="chain, critique_refine, ... (see `upturn list strategies`).")]
@@ -106,11 +105,9 @@ def refine(
     turns: Annotated[int, typer.Option("--turns", "-t", min=1, help="Answers, the direct one included.")] = 4,
     temperature: Temperature = 0.7,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
-    request: Annotated[str, typer.Option(help="What is said to get a better answer.")] = (
-        "Improve your answer. Reply with the improved answer only."
-    ),
-    strategy: Strategy = "chain",
-    critique_request: CritiqueRequest = CRITIQUE,
+    request: Annotated[str | None, typer.Option(help=f"What is said to get a better answer; {OWN}")] = None,
+    strategy: Annotated[str | None, typer.Option(help=f"chain, critique_refine, ...; {OWN}")] = None,
+    critique_request: Annotated[str | None, typer.Option(help=f"What is said to get a critique; {OWN}")] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -118,8 +115,7 @@ def refine(
     from upturn.cli import verbs
 
     _quiet(True, as_json)
-    plugin, requests = verbs.strategy(strategy, turns), Requests(request, critique_request)
-    how = verbs.Refining(plugin, requests, temperature, max_new_tokens, seed)
+    how = verbs.Refining(strategy, turns, request, critique_request, temperature, max_new_tokens, seed)
     attempt = verbs.refine(question, model, how, show=not as_json)
     if as_json:
         _print_json(to_json(attempt))

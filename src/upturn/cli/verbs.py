@@ -15,7 +15,6 @@ from upturn.types import Attempt, Draft, Prompt, Requests
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from upturn.config import Plugin
     from upturn.engines.api import Endpoint
     from upturn.evaluation.study import Study
 
@@ -26,10 +25,12 @@ _STYLES = {"answer": ("bold", ""), "critique": ("bold dim", "dim")}
 
 @dataclass(frozen=True, slots=True)
 class Refining:
-    """How one question is answered, and the answer refined."""
+    """How one question is answered, and the answer refined; None is what the model was trained for."""
 
-    strategy: Plugin
-    requests: Requests
+    strategy: str | None
+    turns: int
+    request: str | None
+    critique_request: str | None
     temperature: float
     max_new_tokens: int
     seed: int
@@ -63,21 +64,10 @@ def place(model: str, api: str | None, concurrency: int, max_retries: int) -> st
     return config.checked(Endpoint, asked, "--api")
 
 
-def strategy(name: str, turns: int) -> Plugin:
-    """A strategy of so many turns. Raises ConfigError where there is none of this name, or none with turns."""
-    from upturn import config
-
-    return config.plugin("strategies", _strategy(name, turns))
-
-
 def measuring(strategy: str, turns: int, prompts: int, temperature: float) -> dict[str, Any]:
     """What is measured, as it stands in a recipe file."""
     sampling = {"temperature": temperature}
-    return {"prompts": prompts, "turns": turns, "strategy": _strategy(strategy, turns), "sampling": sampling}
-
-
-def _strategy(name: str, turns: int) -> dict[str, Any]:
-    return {"name": name, "turns": turns}
+    return {"prompts": prompts, "turns": turns, "strategy": {"name": strategy, "turns": turns}, "sampling": sampling}
 
 
 def show_diagnosis(folder: Path, study: Study) -> None:
@@ -95,15 +85,23 @@ def show_diagnosis(folder: Path, study: Study) -> None:
 
 
 def refine(question: str, model: str, how: Refining, *, show: bool) -> Attempt:
-    """Answer, refine for some turns, and print each answer and each critique as it comes."""
+    """Answer, refine for some turns, and print each answer and each critique as it comes.
+
+    Raises ConfigError where there is no strategy of the name, or none with turns.
+    """
     from rich.console import Console
 
+    from upturn import config
     from upturn.engines import local, sampling
-    from upturn.models import chat, load
+    from upturn.models import card, chat, load
 
     console = Console()
+    own = card.refining(Path(load.resolve(model)))
+    told = {"name": how.strategy} if how.strategy else own.strategy
+    strategy = config.plugin("strategies", told | {"turns": how.turns})
     loaded = load.load(model)
-    talk = chat.load(loaded.tokenizer, loaded.end_ids, how.requests)
+    requests = Requests(how.request or own.refine, how.critique_request or own.critique)
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, requests)
     if talk.notice and show:
         console.print(f"({talk.notice})", style="dim")
     lengths = sampling.Config(temperature=how.temperature, max_new_tokens=how.max_new_tokens)
@@ -117,7 +115,7 @@ def refine(question: str, model: str, how: Refining, *, show: bool) -> Attempt:
     engine = local.Local(loaded.model, talk, lengths, seed=how.seed, slots=1)
     prompt = Prompt("question", question)
     engine.check([prompt])
-    [attempt] = engine.run([prompt], partial(how.strategy.module.generate, cfg=how.strategy.cfg), on_draft)
+    [attempt] = engine.run([prompt], partial(strategy.module.generate, cfg=strategy.cfg), on_draft)
     if show and len(attempt.drafts) > len(seen):  # kept answers cost nothing: the model was not asked for them
         console.print("The critique found nothing to change: the answer stays.", style="dim", highlight=False)
     return attempt

@@ -49,6 +49,8 @@ class Bench:
     """In the order they were measured."""
     _open: dict[str, Any] = field(default_factory=dict)
     _metrics: list[Path] = field(default_factory=list)
+    _strategy: dict[str, Any] = field(default_factory=lambda: {"name": "chain"})
+    """What the last measurement refined by."""
 
     def __post_init__(self) -> None:
         self.task = self.task_plugin.module.load(self.task_plugin.cfg)
@@ -223,6 +225,7 @@ class Bench:
 
         row = measuring.measure(self, measuring.Asked(model, label, iteration, upstream), cfg, scorer)
         self.measured.append(model)
+        self._strategy = cfg.strategy.dump() if cfg.strategy else {"name": "chain"}
         if row:
             self._report(measurements=(*self.summary.measurements, row))
             events.emit("measure", **row.model_dump(include=_TOLD))
@@ -245,7 +248,8 @@ class Bench:
             return
         from upturn.lab import work as jobs
 
-        jobs.publish(model.folder, self.run_dir / "model", self.summary, about)
+        refining = jobs.card.Refining(strategy=self._strategy, **asdict(self.requests))
+        jobs.publish(model.folder, self.run_dir / "model", self.summary, about, refining)
 
     @property
     def dry(self) -> bool:

@@ -233,13 +233,14 @@ def drift(loaded: load.Loaded, other: load.Loaded, attempts: Sequence[Attempt], 
     return total / count
 
 
-def publish(source: Path, target: Path, summary: Summary, about: str) -> None:
-    """Copy the final model into the run folder with a model card that shows its turn table."""
+def publish(source: Path, target: Path, summary: Summary, about: str, refining: card.Refining) -> None:
+    """Copy the final model into the run folder, with a card that shows its turn table, and how it refines."""
     scratch = target.with_name(f".{target.name}.part")
     with FileLock(target.with_name(f".{target.name}.lock")):
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.copytree(source, scratch)
         (scratch / "README.md").write_text(card.final(summary, about))
+        (scratch / card.REFINING).write_text(refining.model_dump_json(indent=2) + "\n")
         if target.exists():
             shutil.rmtree(target)
         os.replace(scratch, target)

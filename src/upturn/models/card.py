@@ -1,18 +1,51 @@
-"""Model cards: what a saved model is, how it was made, and how well it refines."""
+"""What lies beside a saved model: its card, and how it was trained to refine."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+from pydantic import Field, ValidationError
+
 from upturn import __version__
+from upturn._model import Strict
+from upturn.errors import ModelError
 from upturn.evaluation.summary import Summary
+from upturn.types import Requests
 
 CITATION = """@article{zeng2025evolve,
   title   = {Evolving LLMs' Self-Refinement Capability via Synergistic Training-Inference Optimization},
   journal = {arXiv preprint arXiv:2502.05605},
   year    = {2025}
 }"""
+
+
+REFINING = "refining.json"
+"""Name of the file that holds `Refining`."""
+
+
+class Refining(Strict):
+    """How a model is led to refine: what it was trained for, or what fits any model."""
+
+    strategy: dict[str, Any] = Field(default_factory=lambda: {"name": "chain"})
+    """Its name and settings."""
+    refine: str = "Improve your answer. Reply with the improved answer only."
+    """What the user says to get a better answer."""
+    critique: str = Requests("").critique
+    """What the user says to get a critique."""
+
+
+def refining(folder: Path) -> Refining:
+    """What a published model was trained for; the defaults for any other. Raises ModelError for a broken file."""
+    path = folder / REFINING
+    if not path.is_file():
+        return Refining()
+    try:
+        return Refining.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        problem = str(error).splitlines()[0]
+        raise ModelError(str(path), f"It cannot be read: {problem}.", "Mend or delete it.") from error
 
 
 def stage(label: str, objective: dict[str, Any], num_pairs: int) -> str:
@@ -57,7 +90,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 
-or `upturn refine --model path/to/this/folder "your question"`.
+or `upturn refine --model path/to/this/folder "your question"`, which refines as the model was trained to
+(`refining.json`).
 
 Made with upturn {__version__}.
 
