@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from upturn.engines import local, sampling
+from upturn.engines._slots import BEGIN, GROW, GROW_SHARE, Slots
 from upturn.models import chat, load, policy
 from upturn.objectives import evolve
 from upturn.strategies import chain
@@ -59,6 +60,21 @@ def test_slots_are_kept_full(loaded: load.Loaded):
 
 def test_speculation_never_needs_more_forward_passes(loaded: load.Loaded):
     assert engine_after(loaded, 20, speculate=True)[0].num_forwards <= engine_after(loaded, 20)[0].num_forwards
+
+
+def test_slots_follow_the_longest_context_in_few_steps(loaded: load.Loaded):
+    config, like = loaded.model.config, next(loaded.model.parameters())
+    slots = Slots(config, 2, like)
+    slots.keys[:, 1, :, :100] = 3.0
+    lengths = {slots.length}
+    for needed in range(1, 2001):
+        slots.reserve(needed)
+        lengths.add(slots.length)
+        assert needed <= slots.length < max(BEGIN + 1, needed * (1 + 1 / GROW_SHARE) + GROW)
+    copied = sum(lengths) - slots.length
+    assert copied < 2 * GROW_SHARE * 2000  # places copied by growing: some for each place that is used
+    assert slots.values.shape == slots.keys.shape
+    assert (slots.keys[:, 1, :, :100] == 3.0).all() and slots.keys.sum() == slots.keys[:, 1, :, :100].sum()
 
 
 def pairs(loaded: load.Loaded, count: int) -> list[Pair]:

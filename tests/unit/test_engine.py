@@ -11,7 +11,7 @@ import torch
 
 from upturn import trees
 from upturn.engines import local, sampling
-from upturn.models import chat, load, policy
+from upturn.models import _attention, chat, load, policy
 from upturn.strategies import chain, few_shot, parallel
 from upturn.types import Attempt, Prompt, Requests, Sample
 
@@ -64,6 +64,20 @@ def test_sampler_logprobs_are_the_models_own(loaded: load.Loaded, layout: chat.L
             tree = trees.build([Sample(context, draft.token_ids)])
             with torch.no_grad():
                 again = policy.tree_logprobs(loaded.model, tree)
+            torch.testing.assert_close(torch.tensor(draft.sampler_logprobs), again, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_sampler_logprobs_behind_many_keys(loaded: load.Loaded, slots: int):
+    asked = [Prompt(f"long{i}", "abcdefgh" * (48 + i)) for i in range(3)]  # beyond PLAIN_KEYS, short of the context
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests("again"))
+    for attempt in sample(loaded, asked, slots=slots, turns=2):
+        for draft in attempt.drafts:
+            assert draft.prompt_tokens > _attention.PLAIN_KEYS
+            shown = [attempt.drafts[parent] for parent in draft.parents]
+            row = Sample(talk.context(attempt.prompt.text, shown), talk.target(draft))
+            with torch.no_grad():
+                again = policy.tree_logprobs(loaded.model, trees.build([row]))
             torch.testing.assert_close(torch.tensor(draft.sampler_logprobs), again, rtol=1e-4, atol=1e-4)
 
 

@@ -32,6 +32,7 @@ from upturn.engines._slots import Slots, Span, StepPlan
 from upturn.errors import DataError
 from upturn.models import policy
 from upturn.models.chat import Chat
+from upturn.models.packed import packed
 from upturn.types import Attempt, Draft, FinishReason, Kind, Prompt
 
 PREFILL_TOKENS = 4096
@@ -104,7 +105,7 @@ class Local:
         """Run a strategy over all prompts; attempts come back in the order of the prompts."""
 
         def work() -> list[Attempt]:
-            with torch.inference_mode():
+            with torch.inference_mode(), packed(self.model):
                 return asyncio.run(self._run(prompts, generate, on_draft))
 
         return _base.outside_loops(work)

@@ -51,15 +51,16 @@ def attention(
     return upturn_plan.attend(int(module.layer_idx), query, key, value, how), None  # type: ignore[arg-type]
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, how: How) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, how: How, *, few_queries: int = 0) -> Tensor:
     """Grouped-query attention. `q [B, H, Q, D]`, `k, v [B, Hkv, K, D]`, `mask [B, 1, Q, K]` as `hidden` makes it.
 
-    The query heads of one key head are laid along the query axis, so keys are never repeated.
+    The query heads of one key head are laid along the query axis, so keys are never repeated. Up to `PLAIN_KEYS` keys
+    or `few_queries` queries are done by plain products, more by the fused kernel.
     """
     batch, heads, queries, width = q.shape
     groups = heads // k.shape[1]
     folded = q.reshape(batch, k.shape[1], groups * queries, width)
-    if how.softcap or k.shape[2] <= PLAIN_KEYS:
+    if how.softcap or k.shape[2] <= PLAIN_KEYS or queries <= few_queries:
         scores = (folded @ k.transpose(-1, -2)).view(batch, k.shape[1], groups, queries, -1)
         if how.softcap:
             capped = how.softcap * torch.tanh(scores.float() * (how.scaling / how.softcap))
