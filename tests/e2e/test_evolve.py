@@ -114,6 +114,20 @@ def test_a_changed_setting_redoes_only_what_depends_on_it(config: Path, run: tup
     assert "train sft" not in todo and "generate iteration 1" not in todo
 
 
+def test_a_second_round_of_stage_a_goes_on_from_the_first(config: Path, run: tuple[Path, Summary], tmp_path: Path):
+    shared = [f"store={run[0] / 'store'}", f"output_dir={tmp_path / 'other'}"]
+    _, summary = session.run(str(config), [*shared, "sft_rounds=2", "iterations=0"])
+    assert redone(summary)[0] == "generate sft 2", "the first round is the same as that of a run with one"
+    assert [m.label for m in summary.measurements] == ["base", "sft 1", "sft 2"]
+    store, drafts = run[0] / "store", {}
+    for path in (tmp_path / "other" / "steps").iterdir():
+        if (name := path.stem[3:]) in ("generate-sft-1", "generate-sft-2"):
+            lines = (store / json.loads(path.read_text())["folder"] / "drafts.jsonl").read_text().splitlines()
+            drafts[name] = {json.loads(line)["prompt"]["id"] for line in lines}
+    assert not drafts["generate-sft-1"] & drafts["generate-sft-2"], "no prompt is taken twice"
+    assert [row.label for row in summary.training] == ["sft 1", "sft 2"]
+
+
 def test_settings_that_cannot_change_the_result_redo_nothing(config: Path, run: tuple[Path, Summary], tmp_path: Path):
     settings = [
         "prefer.train.save_seconds=0",

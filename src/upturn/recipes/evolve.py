@@ -36,6 +36,8 @@ class Config(Run):
     """Stage A's data; null starts the iterations from the model as it is."""
     sft: Training
     """Stage A's training."""
+    sft_rounds: int = Field(default=1, ge=1)
+    """Times that Stage A is done, each time with drafts of the model so far."""
     iterations: int = Field(default=3, ge=0)
     collect: Collect
     """Stage B's data, in every iteration."""
@@ -49,19 +51,21 @@ def run(cfg: Config, lab: Lab) -> None:
     """Measure, activate, then K times: collect, prefer, measure."""
     prompts = Prompts(lab)
 
-    def pairs_from(model: Model, how: Collect, label: str) -> Examples:
+    def examples_from(model: Model, how: Collect, label: str) -> Examples:
         drafts = lab.generate(model, prompts.take(how.prompts), how.strategy, how.sampling, label)
         return lab.select(lab.score(drafts, cfg.scorer, label), how.selection, label)
 
     model = begin(cfg, lab)
     if cfg.activate:
-        model = lab.train(model, pairs_from(model, cfg.activate, "sft"), cfg.sft, "sft")  # eq. 4
-        lab.measure(model, cfg.measure, "sft", scorer=cfg.scorer)
+        for sft_round in range(1, cfg.sft_rounds + 1):
+            label = f"sft {sft_round}" if cfg.sft_rounds > 1 else "sft"
+            model = lab.train(model, examples_from(model, cfg.activate, label), cfg.sft, label)  # eq. 4
+            lab.measure(model, cfg.measure, label, scorer=cfg.scorer)
     start = model
     for iteration in range(1, cfg.iterations + 1):
         label = f"iteration {iteration}"
-        pairs = pairs_from(model, cfg.collect, label)
+        examples = examples_from(model, cfg.collect, label)
         reference = start if cfg.reference == "sft" else None
-        model = lab.train(model, pairs, cfg.prefer, label, iteration, reference)  # eq. 5
+        model = lab.train(model, examples, cfg.prefer, label, iteration, reference)  # eq. 5
         lab.measure(model, cfg.measure, label, iteration, cfg.scorer)
     lab.publish(model, "Trained with EVOLVE (arXiv:2502.05605).")
