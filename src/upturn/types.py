@@ -55,6 +55,9 @@ class Draft:
     """What the user said to get it, behind the drafts shown; empty for the task's own request."""
     critique: str = ""
     """The critique that this answer was to follow."""
+    kept: bool = False
+    """Whether the model was not asked for it: it is the earlier answer, with its ids, in which a critique found nothing
+    to change. It cost nothing."""
 
     @property
     def num_tokens(self) -> int:
@@ -148,8 +151,7 @@ class Requests:
 def answers(attempts: Sequence[Attempt]) -> list[Attempt]:
     """The attempts without critiques: each is folded into the answers that were to follow it, with its tokens.
 
-    The tokens of a critique that ended its chain count with the answer it is about. An answer then has the answer that
-    was criticised as its parent, and drafts are numbered anew.
+    An answer then has the answer that was criticised as its parent, and drafts are numbered anew.
     """
     return [_folded(attempt) if any(d.kind == "critique" for d in attempt.drafts) else attempt for attempt in attempts]
 
@@ -158,21 +160,19 @@ def _folded(attempt: Attempt) -> Attempt:
     by_index = {draft.index: draft for draft in attempt.drafts}
     kept = [draft for draft in attempt.drafts if draft.kind == "answer"]
     place = {draft.index: number for number, draft in enumerate(kept)}
-    followed = {index for draft in attempt.drafts for index in draft.parents}
 
     def folded(draft: Draft) -> Draft:
         shown = [by_index[index] for index in draft.parents]
         critiques = [each for each in shown[-1:] if each.kind == "critique"]
-        last = [
-            d for d in attempt.drafts if d.kind == "critique" and draft.index in d.parents and d.index not in followed
-        ]
-        tokens = sum(each.num_tokens for each in (*critiques, *last))
+        tokens = sum(each.num_tokens for each in critiques)
         return replace(
             draft,
             index=place[draft.index],
             parents=tuple(place[each.index] for each in shown if each.kind == "answer"),
             num_tokens_told=draft.num_tokens + tokens if tokens else draft.num_tokens_told,
-            critique="\n".join(each.text for each in critiques),
+            prompt_tokens=draft.prompt_tokens + sum(each.prompt_tokens for each in critiques),
+            cached_tokens=draft.cached_tokens + sum(each.cached_tokens for each in critiques),
+            critique=critiques[0].text if critiques else "",
         )
 
     return Attempt(attempt.prompt, tuple(folded(draft) for draft in kept))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from upturn import registry
 from upturn.numerics import sum_by_sample
@@ -274,6 +275,12 @@ def test_nll_is_a_token_mean_over_the_weighted_contexts():
     )
     loss = nll.loss(torch.tensor([-1.0, -2.0, -4.0]), batch, nll.Config(improve=0.5))
     assert loss.total.item() / loss.weight == pytest.approx(5 / 2.5)
+
+
+def test_critiques_are_learnt_or_not_but_never_left_out_in_silence():
+    with pytest.raises(ValidationError, match="nll_weight"):
+        evolve.Config(nll=nll.Config(critique=0.5))
+    assert ("critique", "chosen") in evolve.needs(evolve.Config(nll=nll.Config(critique=0.5), nll_weight=0.1))
 
 
 def test_nll_learns_both_critiques():

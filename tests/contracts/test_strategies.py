@@ -166,16 +166,24 @@ def test_less_than_nothing_is_refused(name: str, field: str):
 
 class TestCritiqueRefine:
     def test_answers_and_critiques_take_turns(self):
-        cfg = critique_refine.Config(turns=2, critique_request="Judge.", revise_request="Mend.")
+        cfg = critique_refine.Config(turns=2)
         drafts = asyncio.run(critique_refine.generate(PROMPT, Scripted(), cfg))
         assert [(draft.kind, draft.turn, draft.request) for draft in drafts] == [
             ("answer", 1, ""),
-            ("critique", 1, "Judge."),
-            ("answer", 2, "Mend."),
+            ("critique", 1, ""),
+            ("answer", 2, ""),
         ]
 
-    def test_where_nothing_is_wrong_the_answer_is_kept_for_all_turns_left(self):
-        drafts = generate("critique_refine", {"turns": 3}, Scripted(says="Fine. No Changes NEEDED!"))
+    @pytest.mark.parametrize(
+        ("says", "stop"),
+        [
+            ("Fine. No Changes NEEDED!", "no changes needed"),
+            ('All is well: "No changes needed."', "No changes needed."),
+            ("**All good!**", "all good!"),
+        ],
+    )
+    def test_where_nothing_is_wrong_the_answer_is_kept_for_all_turns_left(self, says: str, stop: str):
+        drafts = generate("critique_refine", {"turns": 3, "stop": stop}, Scripted(says=says))
         assert [(draft.kind, draft.turn, draft.parents) for draft in drafts] == [
             ("answer", 1, ()),
             ("critique", 1, (0,)),
@@ -184,10 +192,12 @@ class TestCritiqueRefine:
         ]
         answer, critique, kept, again = drafts
         assert kept.token_ids == again.token_ids == answer.token_ids
+        assert [draft.kept for draft in drafts] == [False, False, True, True]
         folded = answers([Attempt(PROMPT, tuple(drafts))])[0].drafts
         assert [draft.num_tokens for draft in folded] == [answer.num_tokens, critique.num_tokens, 0]
         assert [draft.critique for draft in folded] == ["", critique.text, ""]
         assert [draft.parents for draft in folded] == [(), (0,), (1,)]
+        assert [draft.prompt_tokens for draft in folded] == [answer.prompt_tokens, critique.prompt_tokens, 0]
 
     def test_the_words_must_end_the_critique(self):
         says = "There are no changes needed and it can be edited."

@@ -70,7 +70,7 @@ def kept(model: Path, capsys: pytest.CaptureFixture[str], stop: str) -> tuple[li
     """Drafts and what was printed, where a critique with the words `stop` ends the refining."""
     trained = Refining(strategy={"name": "critique_refine", "stop": stop}, refine=REQUEST)
     (model / card.REFINING).write_text(trained.model_dump_json())
-    how = verbs.Refining(None, 3, None, None, temperature=0.7, max_new_tokens=8, seed=0)
+    how = verbs.Asked(None, 3, None, None, temperature=0.7, max_new_tokens=8, seed=0)
     attempt = verbs.refine("1+1", str(model), how, show=True)
     (model / card.REFINING).unlink()
     return list(attempt.drafts), capsys.readouterr().out
@@ -84,6 +84,44 @@ def test_what_the_model_was_trained_for_is_done_unless_another_is_told(model: Pa
     done = CliRunner().invoke(app, ["refine", "-m", str(own), "-t", "3", "--max-new-tokens", "8", "--json", "1+1"])
     assert json.loads(done.stdout)["drafts"] == drafts(model, "--critique-request", "Check.")
     assert refine(own, "--strategy", "chain").stdout == refine(model).stdout
+
+
+def test_the_models_own_strategy_keeps_its_settings_when_named(model: Path, tmp_path: Path):
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    (own / card.REFINING).write_text(Refining(strategy={"name": "critique_refine", "stop": "x"}).model_dump_json())
+    trained = verbs.trained_for(str(own))
+    for name in (None, "critique_refine"):
+        assert verbs.measuring(name, trained, 3, 10, 0.7)["strategy"] == {
+            "name": "critique_refine",
+            "stop": "x",
+            "turns": 3,
+        }
+    assert verbs.measuring("chain", trained, 3, 10, 0.7)["strategy"] == {"name": "chain", "turns": 3}
+
+
+def test_a_strategy_without_turns_gives_way_to_a_chain(model: Path, tmp_path: Path):
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    (own / card.REFINING).write_text(Refining(strategy={"name": "aggregate", "proposals": 2}).model_dump_json())
+    assert titles(refine(own).stdout) == ["Turn 1", "Turn 2", "Turn 3"]
+
+
+def test_eval_asks_a_model_as_it_was_trained(model: Path, tmp_path: Path):
+    own, folder = tmp_path / "own", tmp_path / "run"
+    shutil.copytree(model, own)
+    trained = Refining(strategy={"name": "critique_refine"}, refine=REQUEST, critique="Check.")
+    (own / card.REFINING).write_text(trained.model_dump_json())
+    wanted = ["eval", "-m", str(own), "--task", "carry", "-t", "2", "-n", "2", "--output-dir", str(folder)]
+    done = CliRunner().invoke(app, [*wanted, "--json"])
+    assert done.exit_code == 0, done.output
+    direct, refined = json.loads((folder / "drafts" / "model.jsonl").read_text().splitlines()[0])["drafts"]
+    # a token is a character: the context of the critique has the answer, its end, and the request between two signs
+    closed = len(direct["token_ids"]) + (direct["finish_reason"] != "stop")
+    asked = direct["prompt_tokens"] + closed + len("Check.") + 2
+    said = refined["num_tokens_told"] - len(refined["token_ids"])
+    cut = asked + said + len(REQUEST) + 2
+    assert refined["prompt_tokens"] in (asked + cut, asked + cut + 1)  # and an end where the critique was cut
 
 
 def test_a_broken_file_is_one_message(model: Path, tmp_path: Path):

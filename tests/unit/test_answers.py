@@ -85,9 +85,10 @@ class TestAnswers:
                 other.request,
             )
 
-    def test_a_critique_that_ends_the_chain_counts_for_the_answer_before_it(self):
-        [folded] = answers([Attempt(CHAIN.prompt, (ANSWER, CRITIQUE))])
-        assert folded.drafts == (replace(ANSWER, num_tokens_told=2 + 8),)
+    def test_the_context_of_a_critique_counts_for_its_answer(self):
+        read = [replace(draft, prompt_tokens=10, cached_tokens=4) for draft in CHAIN.drafts]
+        [folded] = answers([Attempt(CHAIN.prompt, tuple(read))])
+        assert [(d.prompt_tokens, d.cached_tokens) for d in folded.drafts] == [(10, 4), (20, 8), (20, 8)]
 
     def test_attempts_without_critiques_stay_the_same(self):
         plain = Attempt(CHAIN.prompt, (ANSWER, draft(1, "4", 2, (0,))))

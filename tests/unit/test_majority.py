@@ -26,7 +26,7 @@ class LastWord:
 
     def grade(self, prompt: Prompt, answer: str) -> Score:
         right = self.vote_key(prompt, answer) == "4"
-        return Score(float(right), right, "graded")
+        return Score(float(right), right, "graded", critique="It is 4.")
 
     def vote_key(self, prompt: Prompt, answer: str) -> str:
         return answer.lower().split()[-1].strip("?")
@@ -86,6 +86,7 @@ def test_right_is_the_tasks_own_word_and_the_note_tells_the_vote():
     assert [one.right for one in found] == [False, True, False]
     assert [one.answer for one in found] == ["3", "4", "3"]
     assert {one.note for one in found} == {"2 of 3 votes for '3'"}
+    assert {one.critique for one in found} == {""}, "a critique would tell the label"
 
 
 def test_voters_from_elsewhere_vote_alone():

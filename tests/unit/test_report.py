@@ -199,7 +199,7 @@ def criticised(*critiques: str, kept: Sequence[int] = ()) -> Attempt:
         tokens = len(critique.split())
         if place + 1 in kept:
             text = drafts[place - 1].text
-            drafts[place] = replace(drafts[place], text=text, num_tokens_told=tokens, prompt_tokens=0, cached_tokens=0)
+            drafts[place] = replace(drafts[place], text=text, kept=True, num_tokens_told=tokens, prompt_tokens=0)
         drafts[place] = replace(drafts[place], critique=critique)
     return replace(plain, drafts=tuple(drafts))
 

@@ -33,7 +33,7 @@ class YesIsRight:
     def grade(self, prompt: Prompt, answer: str) -> Score:
         if self.fault:
             raise self.fault
-        return Score(float(answer == "yes"), answer == "yes", "graded")
+        return Score(float(answer == "yes"), answer == "yes", "graded", critique="Say yes.")
 
     def vote_key(self, prompt: Prompt, answer: str) -> str:
         return answer
@@ -138,8 +138,9 @@ class TestRewardModel:
         judge = load(folder, batch_size=2)
         assert judge.score(YesIsRight(), ATTEMPTS) == judge.score(YesIsRight(), ATTEMPTS)
 
-    def test_right_is_the_verifiers_word(self, folder: Path):
+    def test_right_is_the_verifiers_word_and_its_critique_is_left_out(self, folder: Path):
         scored = load(folder).score(YesIsRight(), ATTEMPTS)
+        assert {score.critique for one in scored for score in one.scores} == {""}
         assert [[score.right for score in one.scores] for one in scored] == [
             [True, False, False],
             [],

@@ -1,5 +1,6 @@
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def parallel(*answers: tuple[str, bool]) -> Attempt:
     drafts = tuple(draft(place, 1, (), text) for place, (text, _) in enumerate(answers))
     scores = tuple(Score(float(right), right, answer=text.strip()) for text, right in answers)
     return Attempt(Prompt("p", "question"), drafts, scores)
+
+
+def test_kept_answers_are_no_copies():
+    kept = replace(draft(1, 2, (0,), "same"), kept=True)
+    copied, right = draft(1, 2, (0,), "same"), (Score(1.0, True), Score(1.0, True))
+    first = draft(0, 1, (), "same")
+    attempts = [Attempt(Prompt(name, "?"), (first, second), right) for name, second in (("k", kept), ("c", copied))]
+    assert turn_table(attempts)[1].copied == 1
+    assert turn_table(attempts[:1])[1].copied is None
 
 
 def test_turn_table_worked_by_hand():

@@ -34,7 +34,7 @@ Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same drafts.")]
 TaskOption = Annotated[str, typer.Option("--task", help="Name of a task (see `upturn list tasks`).")]
 Turns = Annotated[int, typer.Option("--turns", "-t", min=2, help="Turns per prompt.")]
-Strategy = Annotated[str, typer.Option(help="chain, critique_refine, ... (see `upturn list strategies`).")]
+Strategy = Annotated[str | None, typer.Option(help=f"chain, critique_refine, ...; {OWN}")]
 NumPrompts = Annotated[int, typer.Option("--prompts", "-n", min=1, help="Held-out prompts.")]
 Data = Annotated[str | None, typer.Option(help="Where the task's data lie.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float32 or auto.")]
@@ -108,7 +108,7 @@ def refine(
     temperature: Temperature = 0.7,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     request: Annotated[str | None, typer.Option(help=f"What is said to get a better answer; {OWN}")] = None,
-    strategy: Annotated[str | None, typer.Option(help=f"chain, critique_refine, ...; {OWN}")] = None,
+    strategy: Strategy = None,
     critique_request: Annotated[str | None, typer.Option(help=f"What is said to get a critique; {OWN}")] = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -117,7 +117,7 @@ def refine(
     from upturn.cli import verbs
 
     _quiet(True, as_json)
-    how = verbs.Refining(strategy, turns, request, critique_request, temperature, max_new_tokens, seed)
+    how = verbs.Asked(strategy, turns, request, critique_request, temperature, max_new_tokens, seed)
     attempt = verbs.refine(question, model, how, show=not as_json)
     if as_json:
         _print_json(to_json(attempt))
@@ -130,7 +130,7 @@ def evaluate(
     task: TaskOption,
     task_settings: TaskSettings = None,
     turns: Turns = 4,
-    strategy: Strategy = "chain",
+    strategy: Strategy = None,
     prompts: NumPrompts = 300,
     temperature: Temperature = 0.7,
     seed: Seed = 0,
@@ -145,8 +145,9 @@ def evaluate(
     from upturn.lab import session
 
     _quiet(quiet, as_json)
-    cfg = verbs.measuring(strategy, turns, prompts, temperature)
-    setting = session.Setting(seed, data, dtype, output_dir, task_settings or ())
+    own = verbs.trained_for(model)
+    cfg = verbs.measuring(strategy, own, turns, prompts, temperature)
+    setting = session.Setting(seed, data, dtype, output_dir, task_settings or (), requests=own.requests)
     folder, summary = session.evaluate(model, task, cfg, setting)
     if as_json:
         _print_json(json.loads(summary.model_dump_json()))
@@ -170,7 +171,7 @@ def diagnose(
     ] = None,
     base: Annotated[str | None, typer.Option(help="The model it came from: what did its first turn gain?")] = None,
     turns: Turns = 4,
-    strategy: Strategy = "chain",
+    strategy: Strategy = None,
     prompts: NumPrompts = 300,
     temperature: Temperature = 0.7,
     seed: Seed = 0,
@@ -191,8 +192,9 @@ def diagnose(
     _quiet(quiet, as_json)
     asked = verbs.place(model, api, concurrency, max_retries)
     came_from = verbs.place(base, api, concurrency, max_retries) if base else None
-    cfg = verbs.measuring(strategy, turns, prompts, temperature)
-    setting = session.Setting(seed, data, dtype, output_dir, task_settings or (), skip_failed)
+    own = verbs.trained_for(asked)
+    cfg = verbs.measuring(strategy, own, turns, prompts, temperature)
+    setting = session.Setting(seed, data, dtype, output_dir, task_settings or (), skip_failed, own.requests)
     folder, _ = session.diagnose(asked, task, cfg, setting, came_from)
     study = read.study_of(folder)
     if as_json:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from upturn.engines.api import Endpoint
     from upturn.evaluation.study import Study
+    from upturn.models.card import Refining
 
 ROOMS = (*registry.ROOMS, "configs")
 _STYLES = {"answer": ("bold", ""), "critique": ("bold dim", "dim")}
@@ -24,7 +25,7 @@ _STYLES = {"answer": ("bold", ""), "critique": ("bold dim", "dim")}
 
 
 @dataclass(frozen=True, slots=True)
-class Refining:
+class Asked:
     """How one question is answered, and the answer refined; None is what the model was trained for."""
 
     strategy: str | None
@@ -64,10 +65,25 @@ def place(model: str, api: str | None, concurrency: int, max_retries: int) -> st
     return config.checked(Endpoint, asked, "--api")
 
 
-def measuring(strategy: str, turns: int, prompts: int, temperature: float) -> dict[str, Any]:
+def trained_for(model: str | Endpoint) -> Refining:
+    """How a model was led to refine in its run; the defaults for any other model, and for an endpoint."""
+    from upturn.models import card, load
+
+    return card.refining(Path(load.resolve(model))) if isinstance(model, str) else card.Refining()
+
+
+def measuring(strategy: str | None, own: Refining, turns: int, prompts: int, temperature: float) -> dict[str, Any]:
     """What is measured, as it stands in a recipe file."""
-    sampling = {"temperature": temperature}
-    return {"prompts": prompts, "turns": turns, "strategy": {"name": strategy, "turns": turns}, "sampling": sampling}
+    sampling, rule = {"temperature": temperature}, _strategy(strategy, own.strategy, turns)
+    return {"prompts": prompts, "turns": turns, "strategy": rule, "sampling": sampling}
+
+
+def _strategy(name: str | None, own: dict[str, Any], turns: int) -> dict[str, Any]:
+    """The named strategy, else the model's own with its settings; a chain where that one has no turns."""
+    settings = own if name in (None, own["name"]) else {"name": name}
+    if name is None and "turns" not in registry.find("strategies", settings["name"]).Config.model_fields:
+        settings = {"name": "chain"}
+    return settings | {"turns": turns}
 
 
 def show_diagnosis(folder: Path, study: Study) -> None:
@@ -84,7 +100,7 @@ def show_diagnosis(folder: Path, study: Study) -> None:
     console.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def refine(question: str, model: str, how: Refining, *, show: bool) -> Attempt:
+def refine(question: str, model: str, how: Asked, *, show: bool) -> Attempt:
     """Answer, refine for some turns, and print each answer and each critique as it comes.
 
     Raises ConfigError where there is no strategy of the name, or none with turns.
@@ -93,15 +109,14 @@ def refine(question: str, model: str, how: Refining, *, show: bool) -> Attempt:
 
     from upturn import config
     from upturn.engines import local, sampling
-    from upturn.models import card, chat, load
+    from upturn.models import chat, load
 
     console = Console()
-    own = card.refining(Path(load.resolve(model)))
-    told = {"name": how.strategy} if how.strategy else own.strategy
-    strategy = config.plugin("strategies", told | {"turns": how.turns})
+    own = trained_for(model)
+    strategy = config.plugin("strategies", _strategy(how.strategy, own.strategy, how.turns))
     loaded = load.load(model)
     requests = Requests(how.request or own.refine, how.critique_request or own.critique)
-    talk = chat.load(loaded.tokenizer, loaded.end_ids, requests)
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, requests, own.layout)
     if talk.notice and show:
         console.print(f"({talk.notice})", style="dim")
     lengths = sampling.Config(temperature=how.temperature, max_new_tokens=how.max_new_tokens)

@@ -30,7 +30,7 @@ def drift(
         kl_start=kl_start,
         kl_previous=kl_previous,
         length=fmean(draft.num_tokens for draft in direct),
-        length_last=fmean(draft.num_tokens for draft in ends),
+        length_last=fmean(len(draft.token_ids) or draft.num_tokens for draft in ends),
         distinct=tuple(words.distinct(texts, n) for n in (1, 2, 3)),
         entropy=_entropy(direct),
         identical=identical(parallel),

@@ -56,7 +56,8 @@ class TurnRow(Strict):
     truncated: int
     """Drafts that were cut by the length limit or a full context."""
     copied: float | None
-    """Share of the drafts that repeat the last draft they were shown; null where none was shown one."""
+    """Share of the drafts that repeat the last draft they were shown, kept answers left out; null where none was shown
+    one."""
 
 
 class Transition(Strict):
@@ -128,7 +129,7 @@ def turn_table(attempts: Sequence[Attempt]) -> list[TurnRow]:
             answers[turn].append(score)
         for draft in attempt.drafts:
             drafts[draft.turn].append(draft)
-            if draft.parents:
+            if draft.parents and not draft.kept:
                 copies[draft.turn].append(draft.text == attempt.drafts[draft.parents[-1]].text)
     return [_turn_row(turn, drafts[turn], answers[turn], copies[turn]) for turn in sorted(drafts)]
 

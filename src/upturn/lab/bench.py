@@ -248,7 +248,8 @@ class Bench:
             return
         from upturn.lab import work as jobs
 
-        refining = jobs.card.Refining(strategy=self._strategy, **asdict(self.requests))
+        layout = self.options.layout
+        refining = jobs.card.Refining(strategy=self._strategy, layout=layout, **asdict(self.requests))
         jobs.publish(model.folder, self.run_dir / "model", self.summary, about, refining)
 
     @property

@@ -21,6 +21,7 @@ from upturn.lab.lab import Measure, Options
 from upturn.lab.store import Planned, Store, unwritable, write_text, writing
 from upturn.strategies._base import num_drafts
 from upturn.tracking import events, trackers
+from upturn.types import Requests
 
 
 def run(name: str, overrides: Sequence[str]) -> tuple[Path, Summary]:
@@ -64,6 +65,8 @@ class Setting:
     """Settings of the task: key=value."""
     skip_failed: bool = False
     """Go on without the prompts that an endpoint does not answer."""
+    requests: Requests | None = None
+    """What is said behind drafts; the task's own requests when not given."""
 
 
 def evaluate(model: str, task: str, cfg: dict[str, Any], setting: Setting = Setting()) -> tuple[Path, Summary]:
@@ -118,6 +121,8 @@ def _measured(
     )
     options = config.checked(Options, {"dtype": s.dtype, "chunk_prompts": 100, "slots": 100}, recipe)
     bench = Bench(folder, _store(folder, None), plugin, options, s.seed, summary, skip_failed=s.skip_failed)
+    if s.requests and not any(setting.startswith("refine_request") for setting in s.task):
+        bench.requests = s.requests  # a model is measured as it was trained
     _write_config(folder, recipe, {"models": names, "task": plugin.dump(), "measure": cfg.model_dump()})
     with writing(folder), _told(bench):
         for label, model in models.items():

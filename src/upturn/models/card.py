@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -26,7 +26,7 @@ REFINING = "refining.json"
 
 
 class Refining(Strict):
-    """How a model is led to refine: what it was trained for, or what fits any model."""
+    """How a model is led to refine: as it was measured in its run, or what fits any model."""
 
     strategy: dict[str, Any] = Field(default_factory=lambda: {"name": "chain"})
     """Its name and settings."""
@@ -34,6 +34,12 @@ class Refining(Strict):
     """What the user says to get a better answer."""
     critique: str = Requests("").critique
     """What the user says to get a critique."""
+    layout: Literal["auto", "conversation", "quoted"] = "auto"
+
+    @property
+    def requests(self) -> Requests | None:
+        """What the user says; None where the file was not there, and a task may speak for itself."""
+        return Requests(self.refine, self.critique) if "refine" in self.model_fields_set else None
 
 
 def refining(folder: Path) -> Refining:

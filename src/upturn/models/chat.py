@@ -8,7 +8,7 @@ quoted         one user message that quotes the question and the drafts (the pap
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from upturn.errors import ModelError
@@ -101,9 +101,8 @@ def load(tokenizer: Any, model_end_ids: Sequence[int], requests: Requests, layou
         return quoted
     bridge, why = _bridge(tokenizer, end_ids, requests.refine)
     if bridge is not None:
-        critique, _ = _bridge(tokenizer, end_ids, requests.critique)
-        bridges = {requests.refine: bridge[1:], requests.critique: critique[1:] if critique else ()}
-        return Chat(tokenizer, "conversation", ends, requests, bridges, bridge[0])
+        chat = Chat(tokenizer, "conversation", ends, requests, {requests.refine: bridge[1:]}, bridge[0])
+        return replace(chat, bridges={said: chat._bridge_to(said) for said in (requests.refine, requests.critique)})
     if layout == "conversation":
         raise ModelError(where, f"The chat template is not prefix-preserving: {why}.", "Set options.layout=quoted.")
     return Chat(tokenizer, "quoted", ends, requests, notice=f"drafts are quoted in one message, because {why}")

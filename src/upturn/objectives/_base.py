@@ -1,6 +1,6 @@
 """What objectives share: the batch they read, the loss they return, and gains over the reference.
 
-A pair (chosen, rejected) gives samples in three contexts:
+A pair (chosen, rejected) gives samples in four contexts:
 
     direct     x            the question alone
     improve    x, rejected  the draft shown is the worse one: improve it, do not repeat it

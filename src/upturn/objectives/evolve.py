@@ -9,7 +9,7 @@ Differs        The paper's alpha and its normalisation are unknown; ours is 0.8 
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from upturn._model import Strict
@@ -30,6 +30,12 @@ class Config(Strict):
     nll_weight: float = Field(default=0.0, ge=0)
     """Weight of the mean token NLL of chosen answers in the contexts of `nll`."""
     nll: NllConfig = NllConfig()
+
+    @model_validator(mode="after")
+    def _critiques_are_shown(self) -> Config:
+        if self.nll.critique and not self.nll_weight:
+            raise ValueError("nll.critique does nothing without nll_weight: drafts would be shown without critiques")
+        return self
 
 
 def needs(cfg: Config) -> frozenset[Row]:

@@ -6,7 +6,8 @@ Equation       loss = -[ a log policy(y_w | x) + b log policy(y_w | x, y_l, z) +
                          + d log policy(q_w | x, y_w) + d log policy(q_l | x, y_l) ]       q: the verifier's critique
                summed over tokens; the weight is the weighted number of tokens, so the mean is per token.
 Needs          chosen answers in the contexts with a weight above 0; critiques of both answers.
-Differs        The paper's form is a = b = 1, c = d = 0 (as printed by a derivative work); weights are ours to set.
+Differs        The paper's form is a = b = 1, c = d = 0 (as printed by a derivative work); weights are ours to set. With
+               critiques `keep` is not needed: a draft whose critique finds nothing is kept without asking.
 """
 
 from __future__ import annotations

@@ -188,11 +188,8 @@ def _draft(attempt: Attempt, draft: Draft, score: Score) -> ShownDraft:
 
 
 def _unchanged(draft: Draft) -> str:
-    """A critique found nothing to change and the model was not asked again, or it wrote the same once more.
-
-    What a model writes has a context, and an endpoint that does not count its tokens counts those of no answer.
-    """
-    return "kept" if draft.prompt_tokens == 0 and draft.num_tokens_told is not None else "unchanged"
+    """A critique found nothing to change and the model was not asked again, or it wrote the same once more."""
+    return "kept" if draft.kept else "unchanged"
 
 
 def visible(text: str) -> str:

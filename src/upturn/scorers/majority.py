@@ -56,7 +56,8 @@ class Majority:
         cast = verdicts if voter is attempt else _verdicts(task, voter)
         entitled = zip(voter.drafts, cast, strict=True)
         votes = Counter(verdict.answer for draft, verdict in entitled if draft.kind == "answer" and verdict.answer)
-        return replace(attempt, scores=tuple(self._score(verdict, votes) for verdict in verdicts))
+        unlabelled = (replace(verdict, critique="") for verdict in verdicts)  # a critique would tell the label
+        return replace(attempt, scores=tuple(self._score(verdict, votes) for verdict in unlabelled))
 
     def _score(self, verdict: Score, votes: Counter[str]) -> Score:
         if not votes:

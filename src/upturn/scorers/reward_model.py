@@ -100,7 +100,7 @@ class RewardModel:
 
 def _score(reward: float, verdict: Score) -> Score:
     note = "no reward: longer than max_length, or the model gave NaN" if math.isnan(reward) else verdict.note
-    return replace(verdict, value=reward, note=note)
+    return replace(verdict, value=reward, note=note, critique="")  # the verifier's, and it may disagree
 
 
 def _load(cfg: Config) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ class Task(Protocol):
     """What the user says after a draft to ask for a better one. A task may have a `critique_request`, too: what the
     user says to have a draft criticised."""
     max_new_tokens: int
-    """A length that fits nearly every good answer."""
+    """A length that fits nearly every good answer, and every critique that the verifier writes."""
 
     def prompts(self, split: Split, start: int, count: int) -> list[Prompt]:
         """`count` prompts from place `start` of a split; generated tasks never run out, files may return fewer.

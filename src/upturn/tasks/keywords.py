@@ -80,7 +80,7 @@ class Keywords:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
         self.refine_request, self.critique_request = cfg.refine_request, cfg.critique_request
-        self.max_new_tokens = 48
+        self.max_new_tokens = max(48, 24 + 6 * cfg.num_words)  # a critique names each word
 
     def prompts(self, split: Split, start: int, count: int) -> list[Prompt]:
         """`count` prompts from place `start`; never fewer."""

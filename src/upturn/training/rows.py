@@ -71,7 +71,8 @@ def _critique(pair: Pair, side: Side) -> Draft:
         raise DataError(
             f"prompt {pair.prompt.id}",
             "The objective learns critiques, and the scorer gave none.",
-            "Set its `critique` to 0, or use a task whose verifier gives critiques: keywords does.",
+            "Set nll.critique to 0 and refine by another strategy, or use a task whose verifier gives critiques: "
+            "keywords with scorer exact does.",
         )
     return Draft(answer.index + 1, answer.turn, (answer.index,), said, (), (), "stop", 0, 0, kind="critique")
 
@@ -80,10 +81,10 @@ def _drafts(group: Group, chat: Chat) -> list[Sample]:
     """Each draft that has a value, in its own context."""
     by_index = {draft.index: draft for draft in group.attempt.drafts}
     learnt = [d for d, value in zip(group.attempt.drafts, group.values, strict=True) if value is not None]
-    if any(draft.critique for draft in learnt):
+    if any(draft.critique or draft.kept for draft in learnt):
         raise DataError(
             f"prompt {group.attempt.prompt.id}",
-            "An answer that followed a critique cannot be learnt from: what is kept of it lacks the critique's tokens.",
+            "An answer that followed a critique cannot be learnt from: its context lacks the critique's tokens.",
             "Sample with a strategy without critiques.",
         )
     question = group.attempt.prompt.text
