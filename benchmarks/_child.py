@@ -5,6 +5,7 @@ The standard library only: peers may live in an environment of their own.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -20,6 +21,17 @@ HERE = Path(__file__).parent
 CLOCKS = ("seconds", "cpu_seconds")
 """Wall time, and the processor time of the arm: the fairer one where neighbours share the cores."""
 Answer = dict[str, Any]
+
+
+def parser(description: str, quick: str) -> argparse.ArgumentParser:
+    """What every comparison is told; `quick` says what is small in a quick one."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--model", default="smollm2-135m")
+    made.add_argument("--threads", type=int, default=2)
+    made.add_argument("--clock", choices=CLOCKS, default="seconds")
+    made.add_argument("--quick", action="store_true", help=f"{quick}: a check, not a measurement")
+    made.add_argument("--out", type=Path)
+    return made
 
 
 class ChildError(RuntimeError):

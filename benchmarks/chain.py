@@ -186,8 +186,7 @@ def _rate(runs: list[Answer], unit: str, clock: str) -> float:
 def _arguments() -> argparse.Namespace:
     import sys
 
-    parser = argparse.ArgumentParser(description="Refinement chains: our engine against peers.")
-    parser.add_argument("--model", default="smollm2-135m")
+    parser = _child.parser("Refinement chains: our engine against peers.", quick="few prompts, one repeat")
     parser.add_argument("--peers", nargs="+", choices=[*NAMES], default=[*NAMES])
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--turns", type=int, default=4)
@@ -196,12 +195,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[*TEMPERATURES])
     parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=_child.CLOCKS, default="seconds")
     parser.add_argument("--vllm-python", default=sys.executable, help="interpreter that can import vllm")
     parser.add_argument("--llama-cpp-python", default=sys.executable, help="interpreter that can import llama_cpp")
-    parser.add_argument("--quick", action="store_true", help="few prompts, one repeat: a check, not a measurement")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.quick:
         args.prompts, args.repeats, args.batches, args.slots = 16, 1, [16], 16

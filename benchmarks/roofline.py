@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import _child
@@ -112,16 +111,12 @@ def generation(args: argparse.Namespace, s: _roofline.Shape) -> tuple[_roofline.
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Ceilings of the machine, and the shares of them that we reach.")
-    parser.add_argument("--model", default="smollm2-135m")
+    what = "Ceilings of the machine, and the shares of them that we reach."
+    parser = _child.parser(what, quick="few pairs and prompts")
     parser.add_argument("--pairs", type=int, default=_training.PROFILES["keywords"].pairs)
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=_child.CLOCKS, default="seconds")
-    parser.add_argument("--quick", action="store_true", help="few pairs and prompts: a check, not a measurement")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.quick:
         args.pairs, args.prompts, args.slots, args.repeats = 2, 16, 16, 2

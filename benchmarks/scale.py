@@ -111,18 +111,13 @@ def draw(steps: list[dict[str, Any]], chains: list[dict[str, Any]], clock: str, 
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="How cost grows with size.")
-    parser.add_argument("--model", default="smollm2-135m")
+    parser = _child.parser("How cost grows with size.", quick="small sizes, one repeat")
     parser.add_argument("--pairs", type=int, nargs="+", default=[2, 4, 8, 16, 32])
     parser.add_argument("--max-tree-tokens", type=int, default=1024)
     parser.add_argument("--prompts", type=int, nargs="+", default=[64, 128, 192, 256])
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=_child.CLOCKS, default="seconds")
     parser.add_argument("--curve", type=Path, default=CURVE, help="where the curve is drawn")
-    parser.add_argument("--quick", action="store_true", help="small sizes, one repeat: a check, not a measurement")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.quick:
         args.pairs, args.prompts, args.slots, args.repeats, args.max_tree_tokens = [1, 2, 3], [4, 8, 12], 4, 1, 256

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import _child
@@ -137,18 +136,13 @@ def _version(package: str) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="One EVOLVE preference step: token tree against peers.")
-    parser.add_argument("--model", default="smollm2-135m")
+    parser = _child.parser("One EVOLVE preference step: token tree against peers.", quick="two pairs, one repeat")
     parser.add_argument("--profiles", nargs="+", choices=[*_training.PROFILES], default=[*_training.PROFILES])
     parser.add_argument("--peers", nargs="+", choices=[*NAMES], default=[*NAMES])
     parser.add_argument("--pairs", type=int, default=0, help="pairs per step; 0: as the profile says")
     parser.add_argument("--repeats", type=int, default=5, help="measured steps of each arm")
     parser.add_argument("--tries", type=int, default=2, help="steps of each tuned candidate after its first")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-tree-tokens", type=int, default=4096)
-    parser.add_argument("--clock", choices=_child.CLOCKS, default="seconds")
-    parser.add_argument("--quick", action="store_true", help="two pairs, one repeat: a check, not a measurement")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.quick:
         args.pairs, args.repeats, args.tries = 2, 1, 1

@@ -132,15 +132,24 @@ class Sample:
     target: tuple[int, ...]
 
 
+def written_critique(answer: Draft, said: str) -> Draft:
+    """A verifier's critique of an answer, as a draft that stands behind it."""
+    return Draft(answer.index + 1, answer.turn, (answer.index,), said, (), (), "stop", 0, 0, kind="critique")
+
+
+GENERIC_CRITIQUE = (
+    "Check this answer step by step. Name each mistake and say how to mend it, but do not write a new answer. "
+    "If nothing is wrong, write: no changes needed."
+)
+"""A request for a critique that fits any task."""
+
+
 @dataclass(frozen=True, slots=True)
 class Requests:
     """What the user says behind a draft, unless the strategy says something else."""
 
     refine: str
-    critique: str = (
-        "Check this answer step by step. Name each mistake and say how to mend it, but do not write a new answer. "
-        "If nothing is wrong, write: no changes needed."
-    )
+    critique: str = GENERIC_CRITIQUE
 
     def behind(self, shown: Sequence[Draft], request: str = "", kind: Kind = "answer") -> list[str]:
         """What stands behind each of the drafts shown: what led to the next one, and to the new one."""

@@ -109,12 +109,13 @@ def refine(question: str, model: str, how: Asked, *, show: bool) -> Attempt:
 
     from upturn import config
     from upturn.engines import local, sampling
-    from upturn.models import chat, load
+    from upturn.models import card, chat, load
 
     console = Console()
-    own = trained_for(model)
+    folder = load.resolve(model)  # once: it may fetch from the hub, or read a whole GGUF file
+    own = card.refining(Path(folder))
     strategy = config.plugin("strategies", _strategy(how.strategy, own.strategy, how.turns))
-    loaded = load.load(model)
+    loaded = load.load(folder)
     requests = Requests(how.request or own.refine, how.critique_request or own.critique)
     talk = chat.load(loaded.tokenizer, loaded.end_ids, requests, own.layout)
     if talk.notice and show:

@@ -21,7 +21,7 @@ from upturn.models.chat import VERSION as CHAT_VERSION
 from upturn.selection._base import label_precision
 from upturn.strategies._base import num_drafts
 from upturn.tracking import events, progress
-from upturn.types import Prompt, Requests, answers, to_json
+from upturn.types import GENERIC_CRITIQUE, Prompt, Requests, answers, to_json
 
 VERSIONS = {"generate": 4, "score": 3, "select": 4, "train": 1, "drift": 1}
 """Raised when a step would give another result from the same inputs."""
@@ -55,8 +55,8 @@ class Bench:
     def __post_init__(self) -> None:
         self.task = self.task_plugin.module.load(self.task_plugin.cfg)
         self._task_key = self.task_plugin.dump()
-        critique = getattr(self.task, "critique_request", "")
-        self.requests = Requests(self.task.refine_request, *filter(None, [critique]))
+        critique = getattr(self.task, "critique_request", "") or GENERIC_CRITIQUE
+        self.requests = Requests(self.task.refine_request, critique)
 
     def load(self, name: str) -> Model:
         from upturn.models import load

@@ -12,7 +12,7 @@ from upturn import __version__
 from upturn._model import Strict
 from upturn.errors import ModelError
 from upturn.evaluation.summary import Summary
-from upturn.types import Requests
+from upturn.types import GENERIC_CRITIQUE, Requests
 
 CITATION = """@article{zeng2025evolve,
   title   = {Evolving LLMs' Self-Refinement Capability via Synergistic Training-Inference Optimization},
@@ -32,7 +32,7 @@ class Refining(Strict):
     """Its name and settings."""
     refine: str = "Improve your answer. Reply with the improved answer only."
     """What the user says to get a better answer."""
-    critique: str = Requests("").critique
+    critique: str = GENERIC_CRITIQUE
     """What the user says to get a critique."""
     layout: Literal["auto", "conversation", "quoted"] = "auto"
 

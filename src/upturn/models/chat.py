@@ -102,7 +102,7 @@ def load(tokenizer: Any, model_end_ids: Sequence[int], requests: Requests, layou
     bridge, why = _bridge(tokenizer, end_ids, requests.refine)
     if bridge is not None:
         chat = Chat(tokenizer, "conversation", ends, requests, {requests.refine: bridge[1:]}, bridge[0])
-        return replace(chat, bridges={said: chat._bridge_to(said) for said in (requests.refine, requests.critique)})
+        return replace(chat, bridges={requests.critique: chat._bridge_to(requests.critique), **chat.bridges})
     if layout == "conversation":
         raise ModelError(where, f"The chat template is not prefix-preserving: {why}.", "Set options.layout=quoted.")
     return Chat(tokenizer, "quoted", ends, requests, notice=f"drafts are quoted in one message, because {why}")

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from upturn._model import Strict
 from upturn.selection._base import Key, Selection, collect, distinct, judged, text
-from upturn.types import Attempt, Draft, Group
+from upturn.types import Attempt, Draft, Group, written_critique
 
 
 class Config(Strict):
@@ -68,6 +68,5 @@ def _nearest(draft: Draft, right: Sequence[Draft]) -> Draft:
 def _taught(first: int, draft: Draft, said: str, mended: Sequence[Draft]) -> list[Draft]:
     """The draft from place `first` on, its critique, and what is to follow."""
     answer = replace(draft, index=first, parents=())
-    critique = Draft(first + 1, 1, (first,), said, (), (), "stop", 0, 0, kind="critique")
     refined = [replace(right, index=first + 2, turn=2, parents=(first, first + 1)) for right in mended]
-    return [answer, critique, *refined]
+    return [answer, written_critique(answer, said), *refined]

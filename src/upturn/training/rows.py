@@ -13,7 +13,7 @@ from upturn.errors import DataError
 from upturn.models.chat import Chat
 from upturn.numerics import sum_by_sample
 from upturn.objectives._base import CONTEXTS, SIDES, Batch, Context, Row, Side
-from upturn.types import Draft, Example, Group, Pair, Sample
+from upturn.types import Draft, Example, Group, Pair, Sample, written_critique
 
 Rows = tuple[Row, ...]
 SHOWN: dict[Context, Side] = {"improve": "rejected", "keep": "chosen"}
@@ -74,7 +74,7 @@ def _critique(pair: Pair, side: Side) -> Draft:
             "Set nll.critique to 0 and refine by another strategy, or use a task whose verifier gives critiques: "
             "keywords with scorer exact does.",
         )
-    return Draft(answer.index + 1, answer.turn, (answer.index,), said, (), (), "stop", 0, 0, kind="critique")
+    return written_critique(answer, said)
 
 
 def _drafts(group: Group, chat: Chat) -> list[Sample]:
