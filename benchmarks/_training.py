@@ -104,8 +104,7 @@ class Arm:
         for chosen in self.micro_batches:
             packed = self._pack(chosen)
             loss = evolve.loss(policy.tree_logprobs(self.model, packed.tree), packed.batch, CFG)
-            loss.total.backward()
-            self.optimizer.collect()
+            self.optimizer.backward(loss.total)
             weight += loss.weight
             counts["computed_tokens"] += len(packed.tree.ids_T)
             counts["targets"] += len(packed.tree.targets_N)

@@ -11,6 +11,9 @@ from typer.testing import CliRunner, Result
 
 from upturn.cli.main import app
 
+PROMPTS = 150
+"""Half of what the command asks by default; the rules behind the verdict are tested on 300 in tests/unit."""
+
 
 def diagnose(model: str, url: str, folder: Path, *more: str) -> Result:
     arguments = ["diagnose", "--model", model, "--api", url, "--task", "keywords", "--output-dir", str(folder)]
@@ -23,11 +26,11 @@ def diagnose(model: str, url: str, folder: Path, *more: str) -> Result:
 )
 def test_a_verdict_tells_the_scripted_models_apart(model: str, more: list[str], tmp_path: Path):
     with ScriptedServer() as server:
-        done = diagnose(model, server.url, tmp_path, *more)
+        done = diagnose(model, server.url, tmp_path, "--prompts", str(PROMPTS), *more)
     assert done.exit_code == 0, done.output
     study = json.loads(done.stdout)
     assert study["verdict"]["kind"] == model, study["verdict"]
-    assert study["models"][-1]["n"] == 300
+    assert study["models"][-1]["n"] == PROMPTS
     assert (tmp_path / "report.html").is_file()
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
 

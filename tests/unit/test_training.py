@@ -17,6 +17,7 @@ from upturn.models import chat, load
 from upturn.objectives import evolve, nll
 from upturn.objectives._base import Loss
 from upturn.training import plan, train
+from upturn.training.optimizer import MasterAdamW
 from upturn.types import Draft, Pair, Prompt, Requests
 
 
@@ -92,6 +93,19 @@ def test_micro_batches_do_not_matter(tiny_model: Path, tmp_path: Path):
     train.run(cut.model, job(cut, tmp_path / "b", max_tree_tokens=1), lambda entry: None)
     for name, tensor in state(whole).items():
         torch.testing.assert_close(state(cut)[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_are_summed_over_micro_batches_and_leave_the_weights():
+    model = torch.nn.Linear(2, 1, bias=False).to(torch.bfloat16)
+    optimizer = MasterAdamW(model, plan.Config())
+    for factor in (1.0, 2.0):
+        optimizer.backward(factor * model(torch.tensor([[3.0, 5.0]], dtype=torch.bfloat16)).sum())
+        assert model.weight.grad is None
+    assert optimizer.masters[0].grad is not None
+    assert optimizer.masters[0].grad.tolist() == [[9.0, 15.0]]
+    model(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()  # another's backward pass is left alone
+    assert model.weight.grad is not None
+    assert optimizer.masters[0].grad.tolist() == [[9.0, 15.0]]
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,12 +31,15 @@ class MasterAdamW:
             fused=True,
         )
 
-    def collect(self) -> None:
-        """Add the gradients of a micro-batch to the sums, and clear them."""
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            if weight.grad is not None and master.grad is not None:
-                master.grad += weight.grad
-                weight.grad = None
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate; each gradient joins its fp32 sum as soon as it is there, so they never all exist in bf16."""
+        pairs = zip(self.weights, self.masters, strict=True)
+        hooks = [w.register_post_accumulate_grad_hook(partial(_move_grad, master)) for w, master in pairs]
+        try:
+            loss.backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def step(self, weight: float, learning_rate: float) -> Tensor:
         """Divide by the weight of the whole step, clip, update; returns the gradient norm before clipping."""
@@ -76,6 +80,11 @@ class MasterAdamW:
                         "exp_avg": tensors[f"exp_avg/{name}"],
                         "exp_avg_sq": tensors[f"exp_avg_sq/{name}"],
                     }
+
+
+def _move_grad(master: Tensor, weight: Tensor) -> None:
+    _grad(master).add_(_grad(weight))
+    weight.grad = None
 
 
 def _grad(master: Tensor) -> Tensor:

@@ -181,8 +181,7 @@ class _Trainer:
             value = float(loss.total.detach())
             if not math.isfinite(value):
                 raise self._not_finite(number, examples, value)
-            loss.total.backward()
-            self.optimizer.collect()
+            self.optimizer.backward(loss.total)
             total, weight = total + value, weight + loss.weight
             for name, metric in loss.metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(metric)
