@@ -24,6 +24,8 @@ def main() -> None:
 
     engine = LLM(args.folder, dtype="bfloat16", max_num_seqs=args.slots, max_model_len=2048)
     while (question := wire.receive()) is not None:
+        if question["turn"] == 0:  # every run begins with an empty cache, as the other arms do
+            engine.reset_prefix_cache()
         how: dict[str, Any] = {key: question[key] for key in ("temperature", "seed")}
         params = SamplingParams(max_tokens=question["max_new_tokens"], stop_token_ids=question["ends"], **how)
         prompts = [{"prompt_token_ids": ids} for ids in question["contexts"]]

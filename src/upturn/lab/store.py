@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from upturn import __version__
 from upturn.errors import RunError
-from upturn.lab._memory import forget_peak, peak_mb
+from upturn.lab._memory import forget_peak, give_back, peak_mb
 
 MANIFEST = "manifest.json"
 _DISK = {
@@ -96,6 +96,7 @@ class Store:
                 return found
             part.mkdir(exist_ok=True)
             began = time.time()
+            give_back()
             forget_peak()
             facts = work(part)
             manifest = {
