@@ -51,6 +51,7 @@ bench: install
 	$(BIN)/python benchmarks/tree_step.py $(BENCH)
 	$(BIN)/python benchmarks/chain.py $(BENCH) $(if $(VLLM),--vllm-python $(VLLM)) $(if $(LLAMA),--llama-cpp-python $(LLAMA))
 	$(BIN)/python benchmarks/scale.py $(BENCH)
+	$(BIN)/python benchmarks/stages.py $(BENCH)
 	$(BIN)/python benchmarks/table.py
 
 clean:

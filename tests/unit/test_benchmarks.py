@@ -144,6 +144,20 @@ print(_child.resident("VmHWM") - before)
     assert 50 < float(done.stdout) < 100
 
 
+def test_stages_are_added_up_by_kind_and_generated_tokens_counted():
+    names = {"generate measure base": 5, "generate iteration 1": 7, "train iteration 1": 9, "drift iteration 1": 3}
+    stages = [{"name": name, "seconds": seconds, "tokens": 10 * seconds} for name, seconds in names.items()]
+    found = module("stages").by_kind(stages)
+    assert found == {"generate": 12, "train": 9, "total": 21, "tokens": 120}
+
+
+def test_what_whole_chains_take_beyond_their_first_turns_are_the_later_turns():
+    chain = module("chain")
+    run = {"seconds": 5.0, "cpu_seconds": 9.0, "drafts": 8, "tokens": 80}
+    run |= {"first": {"seconds": 2.0, "cpu_seconds": 3.0, "drafts": 2, "tokens": 30}}
+    assert chain._part(run, chain.LATER) == {"seconds": 3.0, "cpu_seconds": 6.0, "drafts": 6, "tokens": 50}
+
+
 # rows and the table
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ def keep_freed() -> None:
 
 def give_back() -> None:
     """Return freed pages to the system, also those that `keep_freed` keeps: what a stage needed, the next may not."""
-    gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
