@@ -9,6 +9,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -187,12 +188,11 @@ def _convert(path: Path, sha256: str) -> Path:
     target = cache_dir() / "models" / f"{path.stem}-{sha256[:12]}"
     if (target / "config.json").is_file():
         return target
-    try:
-        import gguf  # noqa: F401  (transformers reads GGUF files through it)
-    except ImportError as error:
+    needed = ("gguf", "accelerate")  # transformers reads GGUF files through them
+    if missing := [name for name in needed if not find_spec(name)]:
         raise ModelError(
-            f"model {path.name}", "Reading GGUF needs the package gguf.", "pip install upturn[gguf]"
-        ) from error
+            f"model {path.name}", f"Reading GGUF needs the package {' and '.join(missing)}.", "pip install upturn[gguf]"
+        )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     target.parent.mkdir(parents=True, exist_ok=True)
