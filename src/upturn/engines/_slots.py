@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from upturn.models._attention import How, hidden, sdpa
+from upturn.models.native import ops
 
 BEGIN = 128
 """Tokens of a slot at first."""
@@ -20,6 +22,8 @@ GROW_SHARE = 8
 FEW_QUERIES = 32
 """Up to so many new tokens of a slot two plain matrix products beat the fused kernel on a CPU at any number of keys
 (twice as fast at one token and 512 keys)."""
+MANY_PAIRS = 20_000
+"""Up to so many pairs of a query and a key, the new tokens of a slot attend one by one in C, more by matrix products."""
 
 
 class Slots:
@@ -89,24 +93,46 @@ class StepPlan:
         asked = [place for s, end in zip(spans, ends, strict=True) for place in range(end - s.asked, end)]
         self.asked_N = torch.tensor(asked, device=device)
         """Places in the flat step whose next token is wanted."""
-        tail = max(span.asked for span in spans)
-        runs = [_Run(s.slot, end - s.count, s.start, s.count) for s, end in zip(spans, ends, strict=True)]
-        parts = [[run.last(tail) for run in runs], [run.first(tail) for run in runs if run.count > tail]]
-        self._parts = [_Part(part, slots.length, device) for part in parts if part]
+        self._runs = [_Run(s.slot, end - s.count, s.start, s.count) for s, end in zip(spans, ends, strict=True)]
+        self._tail = max(span.asked for span in spans)
+        self._native = ops.usable(slots.keys)
         self._few_queries = FEW_QUERIES if device.type == "cpu" else 0
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         """See `Plan`: store the new keys and values, then attend over each slot."""
         keys, values = self.slots.keys[layer], self.slots.values[layer]
-        keys[self.row_T, :, self.place_T] = k[0].transpose(0, 1)
-        values[self.row_T, :, self.place_T] = v[0].transpose(0, 1)
-        q_T = q[0].transpose(0, 1)  # [T, H, D]
-        out_T = torch.empty_like(q_T)
-        for part in self._parts:
+        q_T, k_T, v_T = (part[0].transpose(0, 1) for part in (q, k, v))  # [T, H, D]
+        out_T = torch.empty(q_T.shape, dtype=q.dtype, device=q.device)
+        if self._native and not how.softcap and all(_heads_side_by_side(part) for part in (q_T, k_T, v_T)):
+            ops.keep(k_T, v_T, self.row_T, self.place_T, keys, values)
+            short, parts = self._split
+            cache, limits = (keys, values), (how.scaling, how.window or 0)
+            ops.attend(q_T, short, self.row_T, self.place_T, cache, limits, out_T)
+        else:
+            keys[self.row_T, :, self.place_T] = k_T
+            values[self.row_T, :, self.place_T] = v_T
+            parts = self._padded
+        for part in parts:
             k_B, v_B = keys[part.rows, :, : part.top], values[part.rows, :, : part.top]
             out = sdpa(part.queries(q_T), k_B, v_B, part.mask(how.window), how, few_queries=self._few_queries)
             part.put(out, out_T)
         return out_T[None]
+
+    @cached_property
+    def _split(self) -> tuple[Tensor, list[_Part]]:
+        """Tokens that attend one by one, and runs so long that matrix products are faster."""
+        long = [run for run in self._runs if run.pairs > MANY_PAIRS]
+        short = [place for run in self._runs if run not in long for place in range(run.flat, run.flat + run.count)]
+        return torch.tensor(short, dtype=torch.long), self._part(long)
+
+    @cached_property
+    def _padded(self) -> list[_Part]:
+        """All tokens in padded calls: the last ones of each slot, and contexts."""
+        tails, contexts = [run.last(self._tail) for run in self._runs], [run.first(self._tail) for run in self._runs]
+        return self._part(tails) + self._part([run for run in contexts if run.count])
+
+    def _part(self, runs: list[_Run]) -> list[_Part]:
+        return [_Part(runs, self.slots.length, self.slots.keys.device)] if runs else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +146,11 @@ class _Run:
     """First place in the slot."""
     count: int
 
+    @property
+    def pairs(self) -> int:
+        """How many (query, key) pairs its attention has."""
+        return self.count * self.place + self.count * (self.count + 1) // 2
+
     def last(self, size: int) -> _Run:
         """The last tokens, at most `size`."""
         left = self.count - min(size, self.count)
@@ -127,7 +158,7 @@ class _Run:
 
     def first(self, size: int) -> _Run:
         """All but the last `size` tokens."""
-        return replace(self, count=self.count - size)
+        return replace(self, count=max(0, self.count - size))
 
 
 class _Part:
@@ -175,3 +206,8 @@ class _Part:
                 seen &= self._depth[:, :, None] - key < window
             self._masks[window] = hidden(seen[:, None])
         return self._masks[window]
+
+
+def _heads_side_by_side(x_T: Tensor) -> bool:
+    """Whether the heads of a token `[T, H, D]` lie one behind the other."""
+    return x_T.stride(2) == 1 and x_T.stride(1) == x_T.shape[2]

@@ -32,7 +32,7 @@ from upturn.engines._slots import Slots, Span, StepPlan
 from upturn.errors import DataError
 from upturn.models import policy
 from upturn.models.chat import Chat
-from upturn.models.packed import packed
+from upturn.models.fused import fused
 from upturn.types import Attempt, Draft, FinishReason, Kind, Prompt
 
 PREFILL_TOKENS = 4096
@@ -105,7 +105,7 @@ class Local:
         """Run a strategy over all prompts; attempts come back in the order of the prompts."""
 
         def work() -> list[Attempt]:
-            with torch.inference_mode(), packed(self.model):
+            with torch.inference_mode(), fused(self.model):
                 return asyncio.run(self._run(prompts, generate, on_draft))
 
         return _base.outside_loops(work)

@@ -7,14 +7,14 @@ thread). The kernels behind both are the same, and so are the results, to the bi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-PATIENCE = 16
+PATIENCE = 2
 """Plain calls of a layer before its weight is packed. Packing costs what some 30 calls save: short runs go without."""
 TINY = 16**3
 """Products of so few multiplications torch does itself, in another order: weights this small stay plain."""
@@ -24,16 +24,18 @@ NEEDED = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_suppor
 
 
 @contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
+def packed(model: nn.Module, besides: Collection[nn.Module] = ()) -> Iterator[None]:
     """Inside, linear layers called more than `PATIENCE` times compute from a packed copy of their weights.
 
     The copies go when the block ends, so they are never older than the block; weights must not change within it. They
     take as much memory as the weights of these layers. Where packing brings nothing (other devices, other types, layers
-    with a forward of their own), the model stays as it is.
+    with a forward of their own) and within the parts `besides`, the model stays as it is.
     """
-    layers = [layer for layer in model.modules() if _is_plain(layer)] if available() else []
+    others = {part for whole in besides for part in whole.modules()}
+    found = [layer for layer in model.modules() if layer not in others] if available() else []
+    layers = [cast(nn.Linear, layer) for layer in found if is_plain(layer) and _pays(cast(nn.Linear, layer).weight)]
     for layer in layers:
-        layer.forward = _Packed(cast(nn.Linear, layer))
+        layer.forward = _Packed(layer)
     try:
         yield
     finally:
@@ -49,28 +51,47 @@ def available() -> bool:
     return known._is_mkldnn_bf16_supported() and not known._is_mkldnn_acl_supported()
 
 
+class Product:
+    """`x @ weight.T + bias` of linear layers that share their input, side by side, packed where that pays."""
+
+    __slots__ = ("_bias", "_packed", "_weight")
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        weights, biases = [layer.weight.detach() for layer in layers], [layer.bias for layer in layers]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self._bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
+        self._packed = available() and _pays(weight)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._packed else weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return nn.functional.linear(x, self._weight, self._bias)
+
+
 class _Packed:
     """The forward of one layer, which packs its weight when that is worth it."""
 
-    __slots__ = ("_calls", "_layer", "_weight")
+    __slots__ = ("_calls", "_layer", "_product")
 
     def __init__(self, layer: nn.Linear) -> None:
         self._layer, self._calls = layer, 0
-        self._weight: Tensor | None = None
+        self._product: Product | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         layer = self._layer
-        if self._weight is None:
+        if self._product is None:
             if self._calls < PATIENCE:
                 self._calls += 1
                 return nn.functional.linear(x, layer.weight, layer.bias)
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, layer.bias, "none", [], "")
+            self._product = Product([layer])
+        return self._product(x)
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """A bfloat16 linear layer as torch made it; one that was adapted or quantised computes something else."""
-    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
-        return False
-    weight = layer.weight
+def is_plain(layer: nn.Module) -> bool:
+    """A linear layer as torch made it; one that was adapted or quantised computes something else."""
+    return type(layer) is nn.Linear and "forward" not in layer.__dict__
+
+
+def _pays(weight: Tensor) -> bool:
     return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.numel() > TINY

@@ -1,0 +1,137 @@
+"""Decoder layers in fewer passes over memory, for the time of a generation on a CPU.
+
+A layer of the common kind (RMS norm, attention with rotary embeddings, gated MLP with SiLU; Llama, Mistral, Qwen and
+relatives) spends more time in some forty small operations than in its matrix products. Here the three products that
+share an input are one, over packed weights, and what lies between them is five kernels (`native`). Any other layer
+keeps its own forward: each one is asked once whether it computes the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from upturn.models import _attention, packed
+from upturn.models._attention import How
+from upturn.models.native import ops
+
+PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+SILU = {"SiLU", "SiLUActivation"}
+CLOSE = {torch.bfloat16: 0.03, torch.float32: 1e-4}
+"""Largest difference that rounding explains, relative to the largest number of the output."""
+
+
+@contextmanager
+def fused(model: nn.Module) -> Iterator[None]:
+    """Inside, common layers compute fused, and the other linear layers from packed weights (`packed`).
+
+    Joined weights go when the block ends; weights must not change within it. They take as much memory again.
+    """
+    layers = [layer for layer in getattr(_decoder(model), "layers", ()) if _can_be_fused(layer)]
+    for layer in layers:
+        layer.forward = _Fused(layer)
+    try:
+        with packed.packed(model, besides=layers):
+            yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+class _Fused:
+    """The forward of one layer; its weights are joined at the first call."""
+
+    __slots__ = ("_attention", "_layer", "_products", "how")
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer: Any = layer
+        self._attention = self._layer.self_attn
+        self._products: tuple[packed.Product, ...] | None = None
+        self.how = How(self._attention.scaling, getattr(self._attention, "sliding_window", None), None)
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._products = self._products or self._join()
+        return self._run(hidden_states[0], *kwargs["position_embeddings"], kwargs["upturn_plan"])[None]
+
+    def _join(self) -> tuple[packed.Product, ...]:
+        a, mlp = self._attention, self._layer.mlp
+        groups = ((a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,))
+        return tuple(packed.Product(group) for group in groups)
+
+    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, plan: _attention.Plan) -> Tensor:
+        assert self._products is not None
+        layer, attention = self._layer, self._attention
+        join, out, widen, narrow = self._products
+        before, after = layer.input_layernorm, layer.post_attention_layernorm
+        _, h = ops.norm(x, before.weight, before.variance_epsilon)
+        heads = join(h).view(len(x), -1, attention.head_dim)
+        keys = attention.k_proj.out_features // attention.head_dim
+        q, k, v = heads.split((heads.shape[1] - 2 * keys, keys, keys), 1)
+        for part, norm in ((q, "q_norm"), (k, "k_norm")):
+            scale = getattr(attention, norm, None)
+            more = () if scale is None else (scale.weight, scale.variance_epsilon)
+            ops.rope_(part, cos[0], sin[0], *more)
+        shape = tuple(part.transpose(0, 1)[None] for part in (q, k, v))
+        attended = plan.attend(attention.layer_idx, *shape, self.how)
+        x, h = ops.norm(x, after.weight, after.variance_epsilon, out(attended.view(len(x), -1)))
+        return x + narrow(ops.silu_mul(widen(h)))
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    return cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
+
+
+def _can_be_fused(layer: nn.Module) -> bool:
+    """Made of the common parts, plain ones, and found to compute the same."""
+    named: dict[str, Any] = dict(layer.named_children())
+    if set(named) != PARTS or "forward" in layer.__dict__:
+        return False
+    attention, mlp = named["self_attn"], named["mlp"]
+    inner, outer = dict(attention.named_children()), dict(mlp.named_children())
+    linears = [part for name, part in (*inner.items(), *outer.items()) if name.endswith("_proj")]
+    norms = [part for name, part in (*named.items(), *inner.items()) if name.endswith("norm")]
+    known = set(inner) - {"q_norm", "k_norm"} == ATTENTION and set(outer) == MLP
+    plain = all(packed.is_plain(part) for part in linears) and all(hasattr(n, "variance_epsilon") for n in norms)
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules())
+    if not known or not plain or hooked or type(mlp.act_fn).__name__ not in SILU or not ops.usable(linears[0].weight):
+        return False
+    if layer not in _SEEN:
+        _SEEN[layer] = _computes_the_same(layer)
+    return _SEEN[layer]
+
+
+_SEEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@torch.inference_mode()
+def _computes_the_same(layer: nn.Module) -> bool:
+    """Both ways on some numbers: five tokens at places that are not in a row."""
+    attention: Any = layer.self_attn
+    weight: Tensor = attention.q_proj.weight
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 5, weight.shape[1], generator=generator).to(weight.dtype)
+    angle = torch.rand(1, 5, attention.head_dim // 2, generator=generator).repeat(1, 1, 2) * 6
+    around = {"position_embeddings": (angle.cos().to(x.dtype), angle.sin().to(x.dtype)), "upturn_plan": _Causal()}
+    try:
+        plain = layer(x, **around)
+        other = _Fused(layer)(x, **around)
+    except (TypeError, RuntimeError, AttributeError, ValueError):  # a layer that is called in another way
+        return False
+    return bool((plain - other).abs().max() <= CLOSE[x.dtype] * plain.abs().max())
+
+
+class _Causal:
+    """Plain causal attention."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+        """See `Plan`."""
+        k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=how.scaling)
+        return out.transpose(1, 2).contiguous()

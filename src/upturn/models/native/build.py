@@ -1,0 +1,76 @@
+"""Compiles kernels.c for this processor, once, and loads it; None where that cannot be.
+
+Torch brings its own OpenMP library. The kernels are linked against the very file that torch loaded, so both share one
+pool of threads: two pools would spin against each other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from upturn.models.load import cache_dir
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = (
+    "-O3 -march=native -std=gnu11 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros "
+    "-fassociative-math -ffinite-math-only"
+).split()
+"""Not -ffast-math: its linker flags would make the whole process flush denormal numbers to zero."""
+WIDE = "-mprefer-vector-width=512"
+TYPES = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
+
+
+@cache
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernels for numbers of this type. None without a C compiler, glibc's loader, or with UPTURN_NATIVE=0."""
+    if dtype not in TYPES or sys.platform != "linux" or os.environ.get("UPTURN_NATIVE") == "0":
+        return None
+    compiler, openmp = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"), _openmp()
+    if not compiler or not openmp:
+        return None
+    try:
+        return ctypes.CDLL(str(_built(compiler, openmp, TYPES[dtype])))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _openmp() -> str | None:
+    """The OpenMP library of this process."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    files = {line.split(maxsplit=5)[5] for line in lines if "/" in line}
+    return next((file for file in sorted(files) if Path(file).name.startswith(("libgomp", "libiomp5", "libomp"))), None)
+
+
+def _built(compiler: str, openmp: str, defines: tuple[str, ...]) -> Path:
+    flags = [*FLAGS, *defines, *([WIDE] if platform.machine() == "x86_64" else [])]
+    facts = [SOURCE.read_text(), compiler, openmp, *flags, _processor()]
+    target = cache_dir() / "native" / f"{hashlib.sha256('|'.join(facts).encode()).hexdigest()[:16]}.so"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            made, out = Path(scratch) / "kernels.o", Path(scratch) / target.name
+            _call(compiler, *flags, "-c", str(SOURCE), "-o", str(made))
+            _call(compiler, "-shared", str(made), openmp, "-lm", "-o", str(out))
+            os.replace(out, target)
+    return target
+
+
+def _call(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+
+def _processor() -> str:
+    """What the machine code depends on: a cache may be shared by machines that differ."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

@@ -1,0 +1,90 @@
+"""The kernels of kernels.c as functions of tensors. Inference only: nothing here has a gradient.
+
+Axes: `T` tokens, `d` width of the model, `H` heads, `D` width of a head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upturn.models.native import build
+
+_SIGNATURES = {
+    "norm": "iipppfpp",
+    "silu_mul": "iipp",
+    "rope": "iiiipppp" + "f",
+    "keep": "iiiippppipp",
+    "attend": "iiiiippppippfip",
+}
+_KINDS = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float}
+_READY: dict[torch.dtype, Any] = {}
+
+
+def usable(like: Tensor) -> bool:
+    """Whether there are kernels for tensors of this kind."""
+    return like.device.type == "cpu" and _library(like.dtype) is not None
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`x [T, d]`, plus `more` where given, and its RMS norm times the weight."""
+    out = torch.empty_like(x)
+    total = x if more is None else torch.empty_like(x)
+    added = None if more is None else more.data_ptr()
+    size, width = x.shape
+    args = (x.data_ptr(), added, weight.data_ptr(), eps, total.data_ptr(), out.data_ptr())
+    _library(x.dtype).norm(size, width, *args)
+    return total, out
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """`[T, 2 f] -> [T, f]`: SiLU of the first half times the second."""
+    size, width = gate_up.shape
+    out = gate_up.new_empty(size, width // 2)
+    _library(out.dtype).silu_mul(size, width // 2, gate_up.data_ptr(), out.data_ptr())
+    return out
+
+
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, eps: float = 0.0) -> None:
+    """The rotary embedding of `x [T, H, D]` in place, `cos, sin [T, D]`; with a weight, RMS norm of each head first."""
+    size, heads, width = x.shape
+    scale = None if weight is None else weight.data_ptr()
+    args = (x.data_ptr(), cos.data_ptr(), sin.data_ptr(), scale, eps)
+    _library(x.dtype).rope(size, heads, width, x.stride(0), *args)
+
+
+def keep(k: Tensor, v: Tensor, slot: Tensor, place: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Write `k, v [T, H, D]` into places of slots, `keys, values [slots, H, length, D]`."""
+    size, heads, width = k.shape
+    args = (k.data_ptr(), v.data_ptr(), slot.data_ptr(), place.data_ptr())
+    where = (keys.shape[2], keys.data_ptr(), values.data_ptr())
+    _library(k.dtype).keep(size, heads, width, k.stride(0), *args, *where)
+
+
+def attend(
+    q: Tensor, which: Tensor, slot: Tensor, place: Tensor, cache: tuple[Tensor, Tensor], how: tuple[float, int], out: Tensor
+) -> None:
+    """Attention of the tokens `which` of `q [T, H, D]`, each over its slot up to its own place, into `out` like `q`.
+
+    `how` is the scale and the window (0: none). Sums are fp32.
+    """
+    (keys, values), (scale, window) = cache, how
+    heads, width = q.shape[1:]
+    args = (q.data_ptr(), which.data_ptr(), slot.data_ptr(), place.data_ptr(), keys.shape[2])
+    where = (keys.data_ptr(), values.data_ptr(), scale, window, out.data_ptr())
+    if _library(q.dtype).attend(len(which), heads, keys.shape[1], width, q.stride(0), *args, *where):
+        raise MemoryError("attention found no memory for its scores")
+
+
+def _library(dtype: torch.dtype) -> Any:
+    if dtype not in _READY:
+        found = build.library(dtype)
+        for name, kinds in _SIGNATURES.items() if found else ():
+            function = getattr(found, name)
+            function.argtypes = [_KINDS[kind] for kind in kinds]
+            function.restype = ctypes.c_int if name == "attend" else None
+        _READY[dtype] = found
+    return _READY[dtype]
