@@ -16,29 +16,31 @@ from upturn.models.native import ops
 BEGIN = 128
 """Tokens of a slot at first."""
 GROW = 32
-"""Slots grow by whole steps of this many tokens: every slot is read as far as the longest one reaches."""
+"""Slots grow by whole steps of this many tokens: without kernels every slot is read as far as the longest one."""
 GROW_SHARE = 8
 """And by no less than this part of their length, so that copying them stays cheap however long they get."""
 FEW_QUERIES = 32
 """Up to so many new tokens of a slot two plain matrix products beat the fused kernel on a CPU at any number of keys
 (twice as fast at one token and 512 keys)."""
 MANY_PAIRS = 20_000
-"""Up to so many pairs of a query and a key, the new tokens of a slot attend one by one in C, more by matrix products."""
+"""Up to so many pairs of a query and a key a slot's new tokens attend one by one in C, more by matrix products."""
 
 
 class Slots:
-    """Keys and values of up to `size` contexts of at most `length` tokens.
+    """Keys and values of up to `size` contexts, each as long as `reserve` made them.
 
     Tokens lie from place 0 of their slot without gaps, so a context that begins like the slot's old one reuses it.
     """
 
-    def __init__(self, config: object, size: int, like: Tensor) -> None:
+    def __init__(self, config: object, size: int, like: Tensor, length: int = BEGIN) -> None:
         self.size = size
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads  # type: ignore[attr-defined]
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # type: ignore[attr-defined]
         layers: int = config.num_hidden_layers  # type: ignore[attr-defined]
-        self.keys = torch.zeros((layers, size, heads, BEGIN, width), dtype=like.dtype, device=like.device)
+        self.keys = torch.zeros((layers, size, heads, length, width), dtype=like.dtype, device=like.device)
         self.values = torch.zeros_like(self.keys)
+        self.native = ops.usable(self.keys)
+        """Whether kernels attend: they read each slot as far as it is filled, wherever it lies."""
 
     @property
     def length(self) -> int:
@@ -95,7 +97,6 @@ class StepPlan:
         """Places in the flat step whose next token is wanted."""
         self._runs = [_Run(s.slot, end - s.count, s.start, s.count) for s, end in zip(spans, ends, strict=True)]
         self._tail = max(span.asked for span in spans)
-        self._native = ops.usable(slots.keys)
         self._few_queries = FEW_QUERIES if device.type == "cpu" else 0
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
@@ -103,11 +104,11 @@ class StepPlan:
         keys, values = self.slots.keys[layer], self.slots.values[layer]
         q_T, k_T, v_T = (part[0].transpose(0, 1) for part in (q, k, v))  # [T, H, D]
         out_T = torch.empty(q_T.shape, dtype=q.dtype, device=q.device)
-        if self._native and not how.softcap and all(_heads_side_by_side(part) for part in (q_T, k_T, v_T)):
+        if self.slots.native and not how.softcap and all(_heads_side_by_side(part) for part in (q_T, k_T, v_T)):
             ops.keep(k_T, v_T, self.row_T, self.place_T, keys, values)
             short, parts = self._split
             cache, limits = (keys, values), (how.scaling, how.window or 0)
-            ops.attend(q_T, short, self.row_T, self.place_T, cache, limits, out_T)
+            ops.attend(q_T, (short, self.row_T, self.place_T), cache, limits, out_T)
         else:
             keys[self.row_T, :, self.place_T] = k_T
             values[self.row_T, :, self.place_T] = v_T

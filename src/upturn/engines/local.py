@@ -28,7 +28,7 @@ from torch import nn
 from upturn.engines import _base, _propose, sampling
 from upturn.engines._base import Generate
 from upturn.engines._propose import Copying, Proposer
-from upturn.engines._slots import Slots, Span, StepPlan
+from upturn.engines._slots import BEGIN, Slots, Span, StepPlan
 from upturn.errors import DataError
 from upturn.models import policy
 from upturn.models.chat import Chat
@@ -84,6 +84,7 @@ class Local:
         self.max_new_tokens = cfg.max_new_tokens or 256
         self.speculate = speculate
         self._config = config
+        self._slot_length = BEGIN
         self.num_forwards = self.num_tokens_computed = self.num_proposed = self.num_accepted = 0
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -114,7 +115,7 @@ class Local:
         self, prompts: Sequence[Prompt], generate: Generate, on_draft: Callable[[Draft], None]
     ) -> list[Attempt]:
         like = next(self.model.parameters())
-        self._cache = Slots(self._config, self.num_slots, like)
+        self._cache = Slots(self._config, self.num_slots, like, self._slot_length)
         self._slots = [_Slot() for _ in range(self.num_slots)]
         self._queue: list[_Request] = []
         self._on_draft = on_draft
@@ -136,6 +137,9 @@ class Local:
         finally:
             for task in live.values():
                 task.cancel()
+            if self._cache.native:  # else their length shapes the arithmetic, and every run must begin alike
+                self._slot_length = self._cache.length
+            del self._cache
         return [Attempt(prompt, tuple(drafts[order])) for order, prompt in enumerate(prompts)]
 
     def _sampler(self, order: int) -> Callable[[Prompt, Sequence[Draft]], Any]:
@@ -184,18 +188,21 @@ class Local:
                 budget -= len(request.context) - request.cached
         for request in waiting:
             heapq.heappush(self._queue, request)
-        if not self._queue:
+        if not self._queue and not self._cache.native:
             self._compact()
 
     def _take_over(self, row: int, request: _Request) -> None:
         """Put a request into a slot, with as much of its context as any slot already holds."""
-        slot, wanted = self._slots[row], request.context[:-1]
-        own = _shared(slot.ids, wanted)
-        donor = max(range(self.num_slots), key=lambda r: (_shared(self._slots[r].ids, wanted), -r))
-        best = _shared(self._slots[donor].ids, wanted)
+        slot, wanted = self._slots[row], list(request.context[:-1])
+        own = best = _shared(slot.ids, wanted)
+        donor = row
+        for other, held in enumerate(self._slots):
+            # Most slots begin with another question: one comparison rules them out.
+            if held.ids[own : own + 1] == wanted[own : own + 1] and (size := _shared(held.ids, wanted)) > best:
+                donor, best = other, size
         if best > own:
             self._cache.copy(donor, row, own, best)
-        slot.ids = list(wanted[: max(own, best)])
+        slot.ids = wanted[:best]
         slot.prompt, slot.request, request.cached = request.order[0], request, len(slot.ids)
 
     def _step(self) -> None:
@@ -208,7 +215,7 @@ class Local:
         fed, spans = list[int](), list[Span]()
         for row, request, guess in zip(rows, running, guesses, strict=True):
             start = len(self._slots[row].ids)
-            new = [*request.context, *request.token_ids, *guess][start:]
+            new = [*_behind(request, start), *guess]
             spans.append(Span(row, start, len(new), 1 + len(guess)))
             fed += new
         self._cache.reserve(max(span.start + span.count for span in spans))
@@ -241,7 +248,7 @@ class Local:
             request.token_ids.append(token)
             request.logprobs.append(logprob)
             copying.pointer = copying.pointer.follow(request.token_ids)
-        slot.ids.extend([*request.context, *request.token_ids][len(slot.ids) : -1])
+        slot.ids.extend(_behind(request, len(slot.ids))[:-1])
         if reason := self._reason(request):
             slot.request = None
             self._finish(request, reason)
@@ -280,12 +287,21 @@ class Local:
             self._slots[hole], self._slots[row] = self._slots[row], self._slots[hole]
 
 
-def _shared(ids: list[int], wanted: tuple[int, ...]) -> int:
-    """Length of the common prefix."""
-    for place, (one, other) in enumerate(zip(ids, wanted, strict=False)):
-        if one != other:
-            return place
-    return min(len(ids), len(wanted))
+def _shared(ids: list[int], wanted: list[int]) -> int:
+    """Length of the common prefix, by halving: comparing slices is much faster than comparing numbers."""
+    low, high = 0, min(len(ids), len(wanted))
+    if ids[:high] == wanted[:high]:
+        return high
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (middle, high) if ids[low:middle] == wanted[low:middle] else (low, middle)
+    return low
+
+
+def _behind(request: _Request, start: int) -> list[int]:
+    """Context and answer so far from a place on, without looking at all of them."""
+    skipped = start - len(request.context)
+    return request.token_ids[skipped:] if skipped >= 0 else [*request.context[start:], *request.token_ids]
 
 
 def _running(slot: _Slot) -> _Request:

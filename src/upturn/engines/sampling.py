@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from upturn._model import Strict
+from upturn.models.native import ops
 
 BLOCK = 256
 """Tokens whose weights are summed before one of them is looked for."""
@@ -37,6 +38,8 @@ def uniforms(seed: int, key: str, count: int) -> np.ndarray:
 
 def choose(logits_NV: Tensor, uniform_N: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Next token of each row by inversion, and its log-probability under the unmodified model; `[N]`, `[N]`."""
+    if top_p == 1 and ops.usable(logits_NV) and logits_NV.is_contiguous():
+        return ops.sample(logits_NV, uniform_N, temperature)
     rows = max(1, CHUNK.get(logits_NV.device.type, max(CHUNK.values())) // logits_NV.shape[-1])
     chunks = zip(logits_NV.split(rows), uniform_N.split(rows), strict=True)
     chosen, logprobs = zip(*(_choose(logits, uniform, temperature, top_p) for logits, uniform in chunks), strict=True)

@@ -58,7 +58,8 @@ class _Fused:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._products = self._products or self._join()
-        return self._run(hidden_states[0], *kwargs["position_embeddings"], kwargs["upturn_plan"])[None]
+        cos, sin = kwargs["position_embeddings"]
+        return self._run(hidden_states[0], cos[0], sin[0], kwargs["upturn_plan"])[None]
 
     def _join(self) -> tuple[packed.Product, ...]:
         a, mlp = self._attention, self._layer.mlp
@@ -75,11 +76,10 @@ class _Fused:
         keys = attention.k_proj.out_features // attention.head_dim
         q, k, v = heads.split((heads.shape[1] - 2 * keys, keys, keys), 1)
         for part, norm in ((q, "q_norm"), (k, "k_norm")):
-            scale = getattr(attention, norm, None)
-            more = () if scale is None else (scale.weight, scale.variance_epsilon)
-            ops.rope_(part, cos[0], sin[0], *more)
-        shape = tuple(part.transpose(0, 1)[None] for part in (q, k, v))
-        attended = plan.attend(attention.layer_idx, *shape, self.how)
+            own = getattr(attention, norm, None)
+            ops.rope_(part, cos, sin, own and own.weight, own.variance_epsilon if own else 0.0)
+        q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+        attended = plan.attend(attention.layer_idx, q, k, v, self.how)
         x, h = ops.norm(x, after.weight, after.variance_epsilon, out(attended.view(len(x), -1)))
         return x + narrow(ops.silu_mul(widen(h)))
 

@@ -78,14 +78,14 @@ class _Packed:
         self._layer, self._calls = layer, 0
         self._product: Product | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, input: Tensor) -> Tensor:
         layer = self._layer
         if self._product is None:
             if self._calls < PATIENCE:
                 self._calls += 1
-                return nn.functional.linear(x, layer.weight, layer.bias)
+                return nn.functional.linear(input, layer.weight, layer.bias)
             self._product = Product([layer])
-        return self._product(x)
+        return self._product(input)
 
 
 def is_plain(layer: nn.Module) -> bool:

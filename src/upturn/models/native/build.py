@@ -22,10 +22,8 @@ import torch
 from upturn.models.load import cache_dir
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = (
-    "-O3 -march=native -std=gnu11 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros "
-    "-fassociative-math -ffinite-math-only"
-).split()
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp")
+ARITHMETIC = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffinite-math-only")
 """Not -ffast-math: its linker flags would make the whole process flush denormal numbers to zero."""
 WIDE = "-mprefer-vector-width=512"
 TYPES = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
@@ -53,7 +51,7 @@ def _openmp() -> str | None:
 
 
 def _built(compiler: str, openmp: str, defines: tuple[str, ...]) -> Path:
-    flags = [*FLAGS, *defines, *([WIDE] if platform.machine() == "x86_64" else [])]
+    flags = [*FLAGS, *ARITHMETIC, *defines, *([WIDE] if platform.machine() == "x86_64" else [])]
     facts = [SOURCE.read_text(), compiler, openmp, *flags, _processor()]
     target = cache_dir() / "native" / f"{hashlib.sha256('|'.join(facts).encode()).hexdigest()[:16]}.so"
     if not target.is_file():

@@ -35,94 +35,6 @@ static inline float load(real x) { return x; }
 static inline real store(float x) { return x; }
 #endif
 
-/* What is left of x after it was kept as a `real`. */
-static inline float kept(float x) { return load(store(x)); }
-
-/* e^x to 2 units in the last place; vectorises, unlike expf. */
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = rintf(x * 1.44269504f);
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    uint32_t scale = (uint32_t)((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &scale, 4);
-    return p * power;
-}
-
-/* x [n, d] (+ y, into sum) -> out = RMS norm times w. y may be NULL: then sum is not written. */
-void norm(int64_t n, int64_t d, const real *x, const real *y, const real *w, float eps, real *sum, real *out) {
-#pragma omp parallel for schedule(static) if (n * d > 4096)
-    for (int64_t i = 0; i < n; i++) {
-        const real *row = x + i * d;
-        real *to = out + i * d;
-        if (y) {
-            const real *more = y + i * d;
-            real *both = sum + i * d;
-            for (int64_t j = 0; j < d; j++) both[j] = store(load(row[j]) + load(more[j]));
-            row = both;
-        }
-        float squares = 0;
-        for (int64_t j = 0; j < d; j++) squares += load(row[j]) * load(row[j]);
-        float scale = 1.0f / sqrtf(squares / (float)d + eps);
-        for (int64_t j = 0; j < d; j++) to[j] = store(load(w[j]) * kept(load(row[j]) * scale));
-    }
-}
-
-/* gate_up [n, 2 f] -> out [n, f] = silu(gate) * up */
-void silu_mul(int64_t n, int64_t f, const real *gate_up, real *out) {
-#pragma omp parallel for schedule(static) if (n * f > 4096)
-    for (int64_t i = 0; i < n; i++) {
-        const real *gate = gate_up + i * 2 * f, *up = gate + f;
-        real *to = out + i * f;
-        for (int64_t j = 0; j < f; j++) {
-            float g = load(gate[j]);
-            to[j] = store(kept(g / (1.0f + exponential(-g))) * load(up[j]));
-        }
-    }
-}
-
-/* The rotary embedding, in place: heads of width d at x + i * stride, by cos and sin [n, d]; with w, RMS norm first. */
-void rope(int64_t n, int64_t heads, int64_t d, int64_t stride, real *x, const real *cos, const real *sin, const real *w,
-          float eps) {
-    int64_t half = d / 2;
-#pragma omp parallel for schedule(static) if (n * heads * d > 4096)
-    for (int64_t i = 0; i < n; i++) {
-        const real *c = cos + i * d, *s = sin + i * d;
-        for (int64_t h = 0; h < heads; h++) {
-            real *head = x + i * stride + h * d;
-            if (w) {
-                float squares = 0;
-                for (int64_t j = 0; j < d; j++) squares += load(head[j]) * load(head[j]);
-                float scale = 1.0f / sqrtf(squares / (float)d + eps);
-                for (int64_t j = 0; j < d; j++) head[j] = store(load(w[j]) * kept(load(head[j]) * scale));
-            }
-            for (int64_t j = 0; j < half; j++) {
-                float a = load(head[j]), b = load(head[j + half]);
-                head[j] = store(kept(a * load(c[j])) - kept(b * load(s[j])));
-                head[j + half] = store(kept(b * load(c[j + half])) + kept(a * load(s[j + half])));
-            }
-        }
-    }
-}
-
-/* New keys and values of n tokens, heads of width d at k + i * stride, into places of slots [slots, heads, length, d]. */
-void keep(int64_t n, int64_t heads, int64_t d, int64_t stride, const real *k, const real *v, const int64_t *slot,
-          const int64_t *place, int64_t length, real *keys, real *values) {
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t h = 0; h < heads; h++) {
-            int64_t at = ((slot[i] * heads + h) * length + place[i]) * d;
-            memcpy(keys + at, k + i * stride + h * d, (size_t)d * sizeof(real));
-            memcpy(values + at, v + i * stride + h * d, (size_t)d * sizeof(real));
-        }
-}
-
 /* 16 numbers at once, on any machine: compilers split them where registers are shorter. */
 enum { LANES = 16, MOST = 4, AHEAD = 32 };
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -137,6 +49,228 @@ static inline vec load_vec(const real *x) {
     for (int i = 0; i < LANES; i++) out[i] = load(x[i]);
 #endif
     return out;
+}
+
+static inline void store_vec(real *to, vec x) {
+#ifndef BF16
+    memcpy(to, &x, sizeof x);
+#elif defined __AVX512BF16__
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+    for (int i = 0; i < LANES; i++) to[i] = store(x[i]);
+#endif
+}
+
+/* What is left of x after it was kept as a `real`. */
+static inline vec kept(vec x) {
+#if defined BF16 && defined __AVX512BF16__
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)), 16);
+#else
+    real bits[LANES];
+    store_vec(bits, x);
+    return load_vec(bits);
+#endif
+}
+
+/* 1 / x to the last place; a division takes as long as all the rest of a SiLU. */
+static inline vec inverse(vec x) {
+#ifdef __AVX512F__
+    vec guess = (vec)_mm512_rcp14_ps((__m512)x);
+    return guess * (2.0f - x * guess);
+#else
+    return 1.0f / x;
+#endif
+}
+
+static inline float total(vec x) {
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+}
+
+static inline vec between(vec x, float least, float most) {
+    typedef int32_t whole __attribute__((vector_size(4 * LANES)));
+    vec low = (vec){0} + least, high = (vec){0} + most;
+    whole under = x < low, over = x > high;
+    return (vec)(((whole)low & under) | ((whole)high & over) | ((whole)x & ~(under | over)));
+}
+
+/* e^x to 2 units in the last place, as if x lay between -87 and 88. */
+static inline vec exponential(vec x) {
+    typedef int32_t whole __attribute__((vector_size(4 * LANES)));
+    x = between(x, -87.0f, 88.0f);
+    vec n = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's last bits are the nearest whole number */
+    whole exponent = (whole)n - 0x4b400000;
+    n -= 12582912.0f;
+    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = 1.3981999507e-3f + 1.9875691500e-4f * r;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (vec)((exponent + 127) << 23);
+}
+
+/* The first `some` numbers of a row that may end within a vector; what lies behind them is 0. */
+static inline vec load_some(const real *x, int64_t some) {
+    if (some >= LANES) return load_vec(x);
+    real row[LANES] = {0};
+    memcpy(row, x, (size_t)some * sizeof(real));
+    return load_vec(row);
+}
+
+/* The same with the least of numbers behind them. */
+static inline vec load_below(const real *x, int64_t some) {
+    vec out = load_some(x, some);
+    for (int64_t i = some; i < LANES; i++) out[i] = -3e38f;
+    return out;
+}
+
+static inline void store_some(real *to, vec x, int64_t some) {
+    if (some >= LANES) {
+        store_vec(to, x);
+        return;
+    }
+    real row[LANES];
+    store_vec(row, x);
+    memcpy(to, row, (size_t)some * sizeof(real));
+}
+
+/* One row's RMS norm times w. */
+static inline void norm_row(int64_t d, const real *x, const real *w, float eps, real *out) {
+    vec squares = {0};
+    for (int64_t j = 0; j < d; j += LANES) {
+        vec part = load_some(x + j, d - j);
+        squares += part * part;
+    }
+    float scale = 1.0f / sqrtf(total(squares) / (float)d + eps);
+    for (int64_t j = 0; j < d; j += LANES)
+        store_some(out + j, load_some(w + j, d - j) * kept(load_some(x + j, d - j) * scale), d - j);
+}
+
+/* x [n, d] (+ y, into sum) -> out = RMS norm times w. y may be NULL: then sum is not written. */
+void norm(int64_t n, int64_t d, const real *x, const real *y, const real *w, float eps, real *sum, real *out) {
+#pragma omp parallel for schedule(static) if (n * d > 4096)
+    for (int64_t i = 0; i < n; i++) {
+        const real *row = x + i * d;
+        if (y) {
+            const real *more = y + i * d;
+            real *both = sum + i * d;
+            for (int64_t j = 0; j < d; j += LANES)
+                store_some(both + j, load_some(row + j, d - j) + load_some(more + j, d - j), d - j);
+            row = both;
+        }
+        norm_row(d, row, w, eps, out + i * d);
+    }
+}
+
+/* gate_up [n, 2 f] -> out [n, f] = silu(gate) * up */
+void silu_mul(int64_t n, int64_t f, const real *gate_up, real *out) {
+#pragma omp parallel for schedule(static) if (n * f > 4096)
+    for (int64_t i = 0; i < n; i++) {
+        const real *gate = gate_up + i * 2 * f, *up = gate + f;
+        for (int64_t j = 0; j < f; j += LANES) {
+            vec g = load_some(gate + j, f - j);
+            vec silu = kept(g * inverse(1.0f + exponential(-g)));
+            store_some(out + i * f + j, silu * load_some(up + j, f - j), f - j);
+        }
+    }
+}
+
+/* The rotary embedding, in place: heads of width d at x + i * stride, by cos and sin [n, d]; with w, RMS norm first. */
+void rope(int64_t n, int64_t heads, int64_t d, int64_t stride, real *x, const real *cos, const real *sin, const real *w,
+          float eps) {
+    int64_t half = d / 2;
+#pragma omp parallel for schedule(static) if (n * heads * d > 4096)
+    for (int64_t i = 0; i < n; i++) {
+        const real *c = cos + i * d, *s = sin + i * d;
+        for (int64_t h = 0; h < heads; h++) {
+            real *low = x + i * stride + h * d, *high = low + half;
+            if (w) norm_row(d, low, w, eps, low);
+            for (int64_t j = 0; j < half; j += LANES) {
+                int64_t some = half - j;
+                vec a = load_some(low + j, some), b = load_some(high + j, some);
+                vec first = kept(a * load_some(c + j, some)) - kept(b * load_some(s + j, some));
+                vec second = kept(b * load_some(c + half + j, some)) + kept(a * load_some(s + half + j, some));
+                store_some(low + j, first, some);
+                store_some(high + j, second, some);
+            }
+        }
+    }
+}
+
+enum { BLOCK = 256 };
+
+/* The first place where the cumulative weight passes the mark, found by blocks of known mass. */
+static int64_t invert(const real *row, int64_t size, const double *mass, int64_t blocks, double mark, float top,
+                      float scale) {
+    double before = 0;
+    int64_t b = 0, found = -1;
+    while (b < blocks - 1 && before + mass[b] <= mark) before += mass[b++];
+    int64_t last = size - b * BLOCK < BLOCK ? size : (b + 1) * BLOCK;
+    for (int64_t j = b * BLOCK; j < last; j++) {
+        float weight = expf((load(row[j]) - top) * scale);
+        if (weight > 0) found = j; /* rounding must not pick a zero */
+        before += (double)weight;
+        if (before > mark && found >= 0) break;
+    }
+    return found < 0 ? b * BLOCK : found;
+}
+
+/* The next token of each of n rows of logits [n, size], by inversion: the first whose cumulative share of
+ * exp(logit / temperature) passes the row's uniform number; at 0 the first of the greatest. logprob: at temperature 1.
+ * Returns 1 where memory is short. */
+int sample(int64_t n, int64_t size, const real *logits, const float *uniform, float temperature, int64_t *chosen,
+           float *logprob) {
+    const float scale = temperature ? 1.0f / temperature : 0.0f;
+    int64_t blocks = (size + BLOCK - 1) / BLOCK;
+    int failed = 0;
+#pragma omp parallel
+    {
+        double *mass = malloc((size_t)blocks * sizeof(double));
+        if (!mass) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; i++) {
+            if (!mass) continue;
+            const real *row = logits + i * size;
+            float top = load(row[0]);
+            for (int64_t j = 1; j < size; j++) top = load(row[j]) > top ? load(row[j]) : top;
+            double whole = 0, plain = 0;
+            for (int64_t b = 0; b < blocks; b++) {
+                int64_t from = b * BLOCK, some = size - from < BLOCK ? size - from : BLOCK;
+                vec sums = {0}, plains = {0};
+                for (int64_t j = 0; j < some; j += LANES) {
+                    vec x = load_below(row + from + j, some - j) - top;
+                    if (scale) sums += exponential(x * scale);
+                    if (scale != 1.0f) plains += exponential(x);
+                }
+                mass[b] = (double)total(sums);
+                whole += mass[b];
+                plain += scale != 1.0f ? (double)total(plains) : mass[b];
+            }
+            int64_t found = scale ? invert(row, size, mass, blocks, (double)uniform[i] * whole, top, scale) : 0;
+            while (!scale && load(row[found]) < top) found++;
+            chosen[i] = found;
+            logprob[i] = load(row[found]) - top - (float)log(plain);
+        }
+        free(mass);
+    }
+    return failed;
+}
+
+/* New keys and values of n tokens, heads of width d at k + i * stride, into places of slots [slots, heads, length, d]. */
+void keep(int64_t n, int64_t heads, int64_t d, int64_t stride, const real *k, const real *v, const int64_t *slot,
+          const int64_t *place, int64_t length, real *keys, real *values) {
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t h = 0; h < heads; h++) {
+            int64_t at = ((slot[i] * heads + h) * length + place[i]) * d;
+            memcpy(keys + at, k + i * stride + h * d, (size_t)d * sizeof(real));
+            memcpy(values + at, v + i * stride + h * d, (size_t)d * sizeof(real));
+        }
 }
 
 /* Lane i of the result is the sum of all lanes of x[i]; x is spent. */
@@ -198,11 +332,19 @@ static inline __attribute__((always_inline)) void attend_head(const float *q, co
     }
     float over[MOST];
     for (int g = 0; g < groups; g++) {
-        float *row = scores + g * width, top = row[0], total = 0;
-        for (int64_t t = 1; t < count; t++) top = row[t] > top ? row[t] : top;
-        for (int64_t t = 0; t < count; t++) row[t] = exponential(row[t] - top);
-        for (int64_t t = 0; t < count; t++) total += row[t];
-        over[g] = 1.0f / total;
+        float *row = scores + g * width, top = row[0];
+        for (int64_t t = 1; t < width; t++) top = row[t] > top ? row[t] : top;
+        vec all = {0};
+        for (int64_t t = 0; t < width; t += LANES) {
+            vec part;
+            memcpy(&part, row + t, sizeof part);
+            part = exponential(part - top);
+            if (t + LANES > count)
+                for (int i = 0; i < LANES; i++) part[i] = t + i < count ? part[i] : 0.0f;
+            all += part;
+            memcpy(row + t, &part, sizeof part);
+        }
+        over[g] = 1.0f / total(all);
     }
     vec sums[MOST * 8] = {0};
     for (int64_t t = 0; t < count; t++) {
@@ -224,7 +366,7 @@ static inline __attribute__((always_inline)) void attend_head(const float *q, co
 static void attend_any(const float *q, int64_t groups, int64_t d, const real *k, const real *v, int64_t count,
                        float *scores, float *sums, real *out) {
     for (int64_t g = 0; g < groups; g++) {
-        float top = -3e38f, total = 0;
+        float top = -3e38f, whole = 0;
         for (int64_t t = 0; t < count; t++) {
             float s = 0;
             for (int64_t j = 0; j < d; j++) s += q[g * d + j] * load(k[t * d + j]);
@@ -233,11 +375,11 @@ static void attend_any(const float *q, int64_t groups, int64_t d, const real *k,
         }
         for (int64_t j = 0; j < d; j++) sums[j] = 0;
         for (int64_t t = 0; t < count; t++) {
-            float p = exponential(scores[t] - top);
-            total += p;
+            float p = expf(scores[t] - top);
+            whole += p;
             for (int64_t j = 0; j < d; j++) sums[j] += p * load(v[t * d + j]);
         }
-        for (int64_t j = 0; j < d; j++) out[g * d + j] = store(sums[j] / total);
+        for (int64_t j = 0; j < d; j++) out[g * d + j] = store(sums[j] / whole);
     }
 }
 

@@ -16,9 +16,10 @@ from upturn.models.native import build
 _SIGNATURES = {
     "norm": "iipppfpp",
     "silu_mul": "iipp",
-    "rope": "iiiipppp" + "f",
+    "rope": "iiiippppf",
     "keep": "iiiippppipp",
     "attend": "iiiiippppippfip",
+    "sample": "iippfpp",
 }
 _KINDS = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float}
 _READY: dict[torch.dtype, Any] = {}
@@ -65,18 +66,33 @@ def keep(k: Tensor, v: Tensor, slot: Tensor, place: Tensor, keys: Tensor, values
 
 
 def attend(
-    q: Tensor, which: Tensor, slot: Tensor, place: Tensor, cache: tuple[Tensor, Tensor], how: tuple[float, int], out: Tensor
+    q: Tensor, tokens: tuple[Tensor, Tensor, Tensor], cache: tuple[Tensor, Tensor], how: tuple[float, int], out: Tensor
 ) -> None:
-    """Attention of the tokens `which` of `q [T, H, D]`, each over its slot up to its own place, into `out` like `q`.
+    """Attention of some tokens of `q [T, H, D]`, each over its slot up to its own place, into `out` like `q`.
 
-    `how` is the scale and the window (0: none). Sums are fp32.
+    `tokens` are the places in `q` of those that ask, and slot and place of every token; `cache` as in `keep`. `how` is
+    the scale and the window (0: none). Sums are fp32.
     """
-    (keys, values), (scale, window) = cache, how
+    (which, slot, place), (keys, values), (scale, window) = tokens, cache, how
     heads, width = q.shape[1:]
     args = (q.data_ptr(), which.data_ptr(), slot.data_ptr(), place.data_ptr(), keys.shape[2])
     where = (keys.data_ptr(), values.data_ptr(), scale, window, out.data_ptr())
-    if _library(q.dtype).attend(len(which), heads, keys.shape[1], width, q.stride(0), *args, *where):
-        raise MemoryError("attention found no memory for its scores")
+    _check(_library(q.dtype).attend(len(which), heads, keys.shape[1], width, q.stride(0), *args, *where))
+
+
+def sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Next token of each row of `logits [N, V]` by inversion, and its log-probability at temperature 1, `[N]` each."""
+    rows, size = logits.shape
+    chosen, logprobs = torch.empty(rows, dtype=torch.long), torch.empty(rows)
+    uniform = uniform.float().contiguous()
+    args = (logits.data_ptr(), uniform.data_ptr(), temperature, chosen.data_ptr(), logprobs.data_ptr())
+    _check(_library(logits.dtype).sample(rows, size, *args))
+    return chosen, logprobs
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("a kernel found no memory for its scratch space")
 
 
 def _library(dtype: torch.dtype) -> Any:
@@ -85,6 +101,6 @@ def _library(dtype: torch.dtype) -> Any:
         for name, kinds in _SIGNATURES.items() if found else ():
             function = getattr(found, name)
             function.argtypes = [_KINDS[kind] for kind in kinds]
-            function.restype = ctypes.c_int if name == "attend" else None
+            function.restype = ctypes.c_int if name in ("attend", "sample") else None
         _READY[dtype] = found
     return _READY[dtype]
