@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 BREAK = -1
 """Ends each draft in the source; no token has this id."""
@@ -58,14 +58,14 @@ class Pointer:
             return self
         expected = self.source[self.place]  # the last place is a BREAK, so the pointer never leaves the source
         if expected == output[-1]:
-            return replace(self, place=self.place + 1, matched=max(self.matched, 0) + 1)
+            return Pointer(self.source, self.place + 1, max(self.matched, 0) + 1)
         ends = [end for end, token in enumerate(self.source, 1) if token == output[-1]]
         ranked = ((_agreement(self.source, end, output), -abs(end - self.place), end) for end in ends)
         found = [key for key in ranked if key[0] > 1 or -key[1] <= NEAR]
         if found:
             matched, _, end = max(found)
-            return replace(self, place=end, matched=matched)
-        return replace(self, place=self.place + (expected != BREAK), matched=0)
+            return Pointer(self.source, end, matched)
+        return Pointer(self.source, self.place + (expected != BREAK), 0)
 
 
 def begin(drafts: Sequence[Sequence[int]], end_ids: Collection[int]) -> Pointer:

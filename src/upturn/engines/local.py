@@ -196,9 +196,10 @@ class Local:
         slot, wanted = self._slots[row], list(request.context[:-1])
         own = best = _shared(slot.ids, wanted)
         donor = row
-        for other, held in enumerate(self._slots):
-            # Most slots begin with another question: one comparison rules them out.
-            if held.ids[own : own + 1] == wanted[own : own + 1] and (size := _shared(held.ids, wanted)) > best:
+        mine = [other for other, held in enumerate(self._slots) if held.prompt == request.order[0]]
+        for other in mine or range(self.num_slots):  # a new prompt: what others have of the template, or more
+            ids = self._slots[other].ids
+            if ids[own : own + 1] == wanted[own : own + 1] and (size := _shared(ids, wanted)) > best:
                 donor, best = other, size
         if best > own:
             self._cache.copy(donor, row, own, best)

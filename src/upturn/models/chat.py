@@ -17,6 +17,8 @@ from upturn.types import Draft, Kind, Requests
 Layout = Literal["auto", "conversation", "quoted"]
 VERSION = 1
 """Raised when the rendering changes: part of every result's key."""
+REMEMBERED = 4096
+"""Most questions whose ids are kept."""
 
 _MARK = "upturn0draft0mark"
 QUOTED = """A user asked the QUESTION below and got the ANSWER{plural} below it.
@@ -44,17 +46,19 @@ class Chat:
     """End token that the history puts behind a draft; added where a draft was cut (conversation)."""
     notice: str = ""
     """Why `auto` fell back to quoting; empty otherwise."""
+    _asked: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    """Questions rendered lately: each turn of a chain begins with the same."""
 
     def context(
         self, question: str, shown: Sequence[Draft], request: str = "", kind: Kind = "answer"
     ) -> tuple[int, ...]:
         """Token ids that stand before the next draft; `request` is what leads to it, empty for the task's own."""
         if not shown:
-            return self._render([{"role": "user", "content": question}])
+            return self._ask(question)
         if self.layout == "quoted":
             said = self.requests.behind(shown, request, kind)[-1]
             return self._render([{"role": "user", "content": _quote(question, shown, said)}])
-        ids = self._render([{"role": "user", "content": question}])
+        ids = self._ask(question)
         for draft, said in zip(shown, self.requests.behind(shown, request, kind), strict=True):
             ids += self.target(draft) if draft.complete else (*draft.token_ids, self.closing_id)
             ids += self.bridges.get(said) or self._bridge_to(said)
@@ -78,6 +82,13 @@ class Chat:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of an answer without special tokens and outer white space."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
+
+    def _ask(self, question: str) -> tuple[int, ...]:
+        if question not in self._asked:
+            if len(self._asked) >= REMEMBERED:
+                self._asked.clear()
+            self._asked[question] = self._render([{"role": "user", "content": question}])
+        return self._asked[question]
 
     def _render(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
         return tuple(self.tokenizer(_text(self.tokenizer, messages), add_special_tokens=False)["input_ids"])

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from upturn.models import _attention, packed
+from upturn.models import _attention, packed, policy
 from upturn.models._attention import How
 from upturn.models.native import ops
 
@@ -34,9 +34,11 @@ def fused(model: nn.Module) -> Iterator[None]:
 
     Joined weights go when the block ends; weights must not change within it. They take as much memory again.
     """
-    layers = [layer for layer in getattr(_decoder(model), "layers", ()) if _can_be_fused(layer)]
+    policy.use_plans(model)
+    known = {layer: how for layer in getattr(_decoder(model), "layers", ()) if (how := _fusable(layer))}
+    layers: list[Any] = [*known]
     for layer in layers:
-        layer.forward = _Fused(layer)
+        layer.forward = _Fused(layer, known[layer])
     try:
         with packed.packed(model, besides=layers):
             yield
@@ -48,13 +50,13 @@ def fused(model: nn.Module) -> Iterator[None]:
 class _Fused:
     """The forward of one layer; its weights are joined at the first call."""
 
-    __slots__ = ("_attention", "_layer", "_products", "how")
+    __slots__ = ("_attention", "_how", "_layer", "_products")
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, how: How) -> None:
         self._layer: Any = layer
+        self._how = how
         self._attention = self._layer.self_attn
         self._products: tuple[packed.Product, ...] | None = None
-        self.how = How(self._attention.scaling, getattr(self._attention, "sliding_window", None), None)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._products = self._products or self._join()
@@ -79,7 +81,7 @@ class _Fused:
             own = getattr(attention, norm, None)
             ops.rope_(part, cos, sin, own and own.weight, own.variance_epsilon if own else 0.0)
         q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-        attended = plan.attend(attention.layer_idx, q, k, v, self.how)
+        attended = plan.attend(attention.layer_idx, q, k, v, self._how)
         x, h = ops.norm(x, after.weight, after.variance_epsilon, out(attended.view(len(x), -1)))
         return x + narrow(ops.silu_mul(widen(h)))
 
@@ -88,11 +90,11 @@ def _decoder(model: nn.Module) -> nn.Module:
     return cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
 
 
-def _can_be_fused(layer: nn.Module) -> bool:
-    """Made of the common parts, plain ones, and found to compute the same."""
+def _fusable(layer: nn.Module) -> How | None:
+    """How a layer attends, if it is made of the common parts, plain ones, and was found to compute the same."""
     named: dict[str, Any] = dict(layer.named_children())
     if set(named) != PARTS or "forward" in layer.__dict__:
-        return False
+        return None
     attention, mlp = named["self_attn"], named["mlp"]
     inner, outer = dict(attention.named_children()), dict(mlp.named_children())
     linears = [part for name, part in (*inner.items(), *outer.items()) if name.endswith("_proj")]
@@ -101,37 +103,43 @@ def _can_be_fused(layer: nn.Module) -> bool:
     plain = all(packed.is_plain(part) for part in linears) and all(hasattr(n, "variance_epsilon") for n in norms)
     hooked = any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules())
     if not known or not plain or hooked or type(mlp.act_fn).__name__ not in SILU or not ops.usable(linears[0].weight):
-        return False
+        return None
     if layer not in _SEEN:
         _SEEN[layer] = _computes_the_same(layer)
     return _SEEN[layer]
 
 
-_SEEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_SEEN: WeakKeyDictionary[nn.Module, How | None] = WeakKeyDictionary()
 
 
 @torch.inference_mode()
-def _computes_the_same(layer: nn.Module) -> bool:
-    """Both ways on some numbers: five tokens at places that are not in a row."""
+def _computes_the_same(layer: nn.Module) -> How | None:
+    """Both ways on some numbers, five tokens; what the layer's own way says of its attention if they agree."""
     attention: Any = layer.self_attn
     weight: Tensor = attention.q_proj.weight
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 5, weight.shape[1], generator=generator).to(weight.dtype)
     angle = torch.rand(1, 5, attention.head_dim // 2, generator=generator).repeat(1, 1, 2) * 6
-    around = {"position_embeddings": (angle.cos().to(x.dtype), angle.sin().to(x.dtype)), "upturn_plan": _Causal()}
+    causal = _Causal()
+    around = {"position_embeddings": (angle.cos().to(x.dtype), angle.sin().to(x.dtype)), "upturn_plan": causal}
     try:
         plain = layer(x, **around)
-        other = _Fused(layer)(x, **around)
+        if causal.how is None:
+            return None
+        other = _Fused(layer, causal.how)(x, **around)
     except (TypeError, RuntimeError, AttributeError, ValueError):  # a layer that is called in another way
-        return False
-    return bool((plain - other).abs().max() <= CLOSE[x.dtype] * plain.abs().max())
+        return None
+    return causal.how if (plain - other).abs().max() <= CLOSE[x.dtype] * plain.abs().max() else None
 
 
 class _Causal:
-    """Plain causal attention."""
+    """Plain causal attention over all tokens, whatever the layer's window; notes how it was asked."""
+
+    how: How | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         """See `Plan`."""
+        self.how = how
         k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
         out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=how.scaling)
         return out.transpose(1, 2).contiguous()

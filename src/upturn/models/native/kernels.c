@@ -409,7 +409,7 @@ int attend(int64_t n, int64_t heads, int64_t kv_heads, int64_t d, int64_t stride
             const real *k = keys + at, *v = values + at, *asked = q + i * stride + h * groups * d;
             real *to = out + (i * heads + h * groups) * d;
             for (int64_t j = 0; j < groups * d; j++) mine[j] = load(asked[j]) * scale;
-            if (d != 64 && d != 128) {
+            if (d != 32 && d != 64 && d != 96 && d != 128) {
                 attend_any(mine, groups, d, k, v, count, scores, sums, to);
                 continue;
             }
@@ -422,7 +422,9 @@ int attend(int64_t n, int64_t heads, int64_t kv_heads, int64_t d, int64_t stride
         attend_head(from, G, D, k, v, count, scores, part);                                                            \
         break;
                 switch (some * 1000 + d) {
+                    CASE(1, 32) CASE(2, 32) CASE(3, 32) CASE(4, 32)
                     CASE(1, 64) CASE(2, 64) CASE(3, 64) CASE(4, 64)
+                    CASE(1, 96) CASE(2, 96) CASE(3, 96) CASE(4, 96)
                     CASE(1, 128) CASE(2, 128) CASE(3, 128) CASE(4, 128)
                 }
             }
