@@ -174,6 +174,8 @@ class Local:
         budget, contexts = PREFILL_TOKENS, set[tuple[int, ...]]()
         waiting: list[_Request] = []
         free = [row for row, slot in enumerate(self._slots) if slot.request is None]
+        if not any(slot.ids for slot in self._slots):
+            free = free[:1]  # the first alone: all others take the template from it
         while self._queue and free and budget > 0:
             request = heapq.heappop(self._queue)
             if len(request.context) >= self.longest:

@@ -300,33 +300,49 @@ static inline void ahead(const real *row, int d) {
     for (int at = 0; at < d * (int)sizeof(real); at += 64) __builtin_prefetch((const char *)row + at);
 }
 
-/* One key head and `groups` query heads of width d, both known to the compiler. q [groups, d], out like it, scores
+/* Products of a key with some query heads, lane by lane. */
+static inline __attribute__((always_inline)) void products_of(const real *q, const int groups, const int d,
+                                                              const real *key, vec *out) {
+#pragma GCC unroll 4
+    for (int g = 0; g < groups; g++) out[g] = (vec){0};
+#if defined BF16 && defined __AVX512BF16__ /* two at a time, without widening them first */
+#pragma GCC unroll 4
+    for (int j = 0; j < d; j += 2 * LANES) {
+        __m512bh part = (__m512bh)_mm512_loadu_si512(key + j);
+#pragma GCC unroll 4
+        for (int g = 0; g < groups; g++)
+            out[g] = (vec)_mm512_dpbf16_ps((__m512)out[g], (__m512bh)_mm512_loadu_si512(q + g * d + j), part);
+    }
+#else
+#pragma GCC unroll 8
+    for (int j = 0; j < d; j += LANES) {
+        vec part = load_vec(key + j);
+#pragma GCC unroll 4
+        for (int g = 0; g < groups; g++) out[g] += load_vec(q + g * d + j) * part;
+    }
+#endif
+}
+
+/* One key head and `groups` query heads of width d, both known to the compiler. q, out [groups, d], scores
  * [groups, count rounded up to whole lanes]. */
-static inline __attribute__((always_inline)) void attend_head(const float *q, const int groups, const int d,
-                                                              const real *k, const real *v, int64_t count,
+static inline __attribute__((always_inline)) void attend_head(const real *q, const int groups, const int d,
+                                                              const real *k, const real *v, int64_t count, float scale,
                                                               float *scores, real *out) {
     const int parts = d / LANES;
     int64_t width = (count + LANES - 1) / LANES * LANES;
-    vec mine[MOST * 8];
-    memcpy(mine, q, sizeof(float) * (size_t)(groups * d));
     for (int64_t t = 0; t < width; t += LANES) {
         vec products[MOST][LANES];
         for (int i = 0; i < LANES; i++) {
             const real *key = k + (t + i < count ? t + i : count - 1) * d;
             ahead(t + i + AHEAD < count ? key + AHEAD * d : v + (t + i + AHEAD - count) * d, d);
-            vec s[MOST] = {0};
-#pragma GCC unroll 8
-            for (int j = 0; j < parts; j++) {
-                vec part = load_vec(key + j * LANES);
-#pragma GCC unroll 4
-                for (int g = 0; g < groups; g++) s[g] += mine[g * parts + j] * part;
-            }
+            vec s[MOST];
+            products_of(q, groups, d, key, s);
 #pragma GCC unroll 4
             for (int g = 0; g < groups; g++) products[g][i] = s[g];
         }
 #pragma GCC unroll 4
         for (int g = 0; g < groups; g++) {
-            vec sums = sum_lanes(products[g]);
+            vec sums = sum_lanes(products[g]) * scale;
             memcpy(scores + g * width + t, &sums, sizeof sums);
         }
     }
@@ -363,15 +379,15 @@ static inline __attribute__((always_inline)) void attend_head(const float *q, co
 }
 
 /* The same for any width. */
-static void attend_any(const float *q, int64_t groups, int64_t d, const real *k, const real *v, int64_t count,
-                       float *scores, float *sums, real *out) {
+static void attend_any(const real *q, int64_t groups, int64_t d, const real *k, const real *v, int64_t count,
+                       float scale, float *scores, float *sums, real *out) {
     for (int64_t g = 0; g < groups; g++) {
         float top = -3e38f, whole = 0;
         for (int64_t t = 0; t < count; t++) {
             float s = 0;
-            for (int64_t j = 0; j < d; j++) s += q[g * d + j] * load(k[t * d + j]);
-            scores[t] = s;
-            top = s > top ? s : top;
+            for (int64_t j = 0; j < d; j++) s += load(q[g * d + j]) * load(k[t * d + j]);
+            scores[t] = s * scale;
+            top = scores[t] > top ? scores[t] : top;
         }
         for (int64_t j = 0; j < d; j++) sums[j] = 0;
         for (int64_t t = 0; t < count; t++) {
@@ -394,12 +410,12 @@ int attend(int64_t n, int64_t heads, int64_t kv_heads, int64_t d, int64_t stride
     int failed = 0;
 #pragma omp parallel
     {
-        float *scratch = aligned_alloc(64, (size_t)(MOST * (length + LANES) + groups * d + d + LANES) / LANES * LANES * 4);
+        float *scratch = aligned_alloc(64, (size_t)(MOST * (length + LANES) + d + LANES) / LANES * LANES * 4);
         if (!scratch) {
 #pragma omp atomic write
             failed = 1;
         }
-        float *scores = scratch, *mine = scores + MOST * (length + LANES), *sums = mine + groups * d;
+        float *scores = scratch, *sums = scores + MOST * (length + LANES);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t pair = 0; pair < n * kv_heads; pair++) {
             if (!scratch) continue;
@@ -408,18 +424,17 @@ int attend(int64_t n, int64_t heads, int64_t kv_heads, int64_t d, int64_t stride
             int64_t at = ((slot[i] * kv_heads + h) * length + first) * d;
             const real *k = keys + at, *v = values + at, *asked = q + i * stride + h * groups * d;
             real *to = out + (i * heads + h * groups) * d;
-            for (int64_t j = 0; j < groups * d; j++) mine[j] = load(asked[j]) * scale;
             if (d != 32 && d != 64 && d != 96 && d != 128) {
-                attend_any(mine, groups, d, k, v, count, scores, sums, to);
+                attend_any(asked, groups, d, k, v, count, scale, scores, sums, to);
                 continue;
             }
             for (int64_t g = 0; g < groups; g += MOST) {
                 int64_t some = groups - g < MOST ? groups - g : MOST;
-                const float *from = mine + g * d;
+                const real *from = asked + g * d;
                 real *part = to + g * d;
 #define CASE(G, D)                                                                                                     \
     case G * 1000 + D:                                                                                                 \
-        attend_head(from, G, D, k, v, count, scores, part);                                                            \
+        attend_head(from, G, D, k, v, count, scale, scores, part);                                                          \
         break;
                 switch (some * 1000 + d) {
                     CASE(1, 32) CASE(2, 32) CASE(3, 32) CASE(4, 32)
