@@ -21,7 +21,7 @@ import torch
 
 from upturn.engines import sampling
 from upturn.engines._slots import Slots, Span, StepPlan
-from upturn.models import load, policy
+from upturn.models import fused, load, policy
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 GRID = [
@@ -64,7 +64,7 @@ def main() -> None:
     caches = {slots: Slots(model.config, slots, next(model.parameters())) for slots, _, _ in GRID}
     steps = [(slots, [tokens] * guessing + [1] * (slots - guessing)) for slots, guessing, tokens in GRID]
     best = [float("inf")] * len(steps)
-    with torch.inference_mode():
+    with torch.inference_mode(), fused.fused(model):
         for cache in caches.values():
             cache.reserve(args.length)
         for _ in range(args.repeats):
