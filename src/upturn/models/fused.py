@@ -34,7 +34,7 @@ def fused(model: nn.Module) -> Iterator[None]:
 
     Joined weights go when the block ends; weights must not change within it. They take as much memory again.
     """
-    layers = [layer for layer in getattr(_decoder(model), "layers", ()) if _can_be_fused(layer)]
+    layers = [layer for layer in layers_of(model) if _can_be_fused(layer)]
     for layer in layers:
         layer.forward = _Fused(layer)
     try:
@@ -84,12 +84,14 @@ class _Fused:
         return x + narrow(ops.silu_mul(widen(h)))
 
 
-def _decoder(model: nn.Module) -> nn.Module:
-    return cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers; none where the model is built in another way."""
+    decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
+    return list(getattr(decoder, "layers", ()))
 
 
-def _can_be_fused(layer: nn.Module) -> bool:
-    """Made of the common parts, plain ones, and found to compute the same."""
+def is_common(layer: nn.Module) -> bool:
+    """Made of the common parts, plain ones, where there are kernels. Whether it computes the same must be tried."""
     named: dict[str, Any] = dict(layer.named_children())
     if set(named) != PARTS or "forward" in layer.__dict__:
         return False
@@ -100,7 +102,11 @@ def _can_be_fused(layer: nn.Module) -> bool:
     known = set(inner) - {"q_norm", "k_norm"} == ATTENTION and set(outer) == MLP
     plain = all(packed.is_plain(part) for part in linears) and all(hasattr(n, "variance_epsilon") for n in norms)
     hooked = any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules())
-    if not known or not plain or hooked or type(mlp.act_fn).__name__ not in SILU or not ops.usable(linears[0].weight):
+    return known and plain and not hooked and type(mlp.act_fn).__name__ in SILU and ops.usable(linears[0].weight)
+
+
+def _can_be_fused(layer: nn.Module) -> bool:
+    if not is_common(layer):
         return False
     if layer not in _SEEN:
         _SEEN[layer] = _computes_the_same(layer)
@@ -112,19 +118,28 @@ _SEEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 @torch.inference_mode()
 def _computes_the_same(layer: nn.Module) -> bool:
-    """Both ways on some numbers: five tokens at places that are not in a row."""
+    x, around = probe(layer)
+    try:
+        plain = layer(x, **around, upturn_plan=_Causal())
+        other = _Fused(layer)(x, **around, upturn_plan=_Causal())
+    except (TypeError, RuntimeError, AttributeError, ValueError):  # a layer that is called in another way
+        return False
+    return close(plain, other)
+
+
+def probe(layer: nn.Module) -> tuple[Tensor, dict[str, Any]]:
+    """Some numbers to try both ways: five tokens at places that are not in a row."""
     attention: Any = layer.self_attn
     weight: Tensor = attention.q_proj.weight
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 5, weight.shape[1], generator=generator).to(weight.dtype)
     angle = torch.rand(1, 5, attention.head_dim // 2, generator=generator).repeat(1, 1, 2) * 6
-    around = {"position_embeddings": (angle.cos().to(x.dtype), angle.sin().to(x.dtype)), "upturn_plan": _Causal()}
-    try:
-        plain = layer(x, **around)
-        other = _Fused(layer)(x, **around)
-    except (TypeError, RuntimeError, AttributeError, ValueError):  # a layer that is called in another way
-        return False
-    return bool((plain - other).abs().max() <= CLOSE[x.dtype] * plain.abs().max())
+    return x, {"position_embeddings": (angle.cos().to(x.dtype), angle.sin().to(x.dtype))}
+
+
+def close(plain: Tensor, other: Tensor) -> bool:
+    """Whether rounding explains the difference."""
+    return bool((plain - other).abs().max() <= CLOSE[plain.dtype] * plain.abs().max())
 
 
 class _Causal:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from upturn.models import _attention
 from upturn.models._tree_plan import TreePlan
+from upturn.models.fused_training import fused_training
 from upturn.numerics import HEAD_CHUNK, token_logprobs
 from upturn.trees import TokenTree
 
@@ -47,14 +48,21 @@ def head(model: nn.Module, hidden: Tensor) -> Tensor:
 
 def tree_logprobs(model: nn.Module, tree: TokenTree, *, flex: bool | None = None) -> Tensor:
     """Log-probability of every target token of a tree, `[N]` fp32."""
-    hidden_T = hidden_states(model, tree.ids_T, tree.positions_T, TreePlan(tree, flex=flex))
+    hidden_T = _tree_states(model, tree, flex=flex)
     return token_logprobs(hidden_T[tree.predictors_N], tree.targets_N, lambda h: head(model, h))
+
+
+def _tree_states(model: nn.Module, tree: TokenTree, *, flex: bool | None = None) -> Tensor:
+    """Last hidden states of every token of a tree, `[T, d]`."""
+    plan = TreePlan(tree, flex=flex)
+    with fused_training(model, plan):
+        return hidden_states(model, tree.ids_T, tree.positions_T, plan)
 
 
 @torch.inference_mode()
 def tree_kl(model: nn.Module, other: nn.Module, tree: TokenTree) -> Tensor:
     """KL(model || other) of the next-token distributions before every target token, `[N]` nats, fp32."""
-    hidden = [hidden_states(m, tree.ids_T, tree.positions_T, TreePlan(tree))[tree.predictors_N] for m in (model, other)]
+    hidden = [_tree_states(m, tree)[tree.predictors_N] for m in (model, other)]
     parts = []
     for mine_N, other_N in zip(*(h.split(HEAD_CHUNK) for h in hidden), strict=True):
         logp, logq = (head(m, h).float().log_softmax(-1) for m, h in ((model, mine_N), (other, other_N)))

@@ -5,7 +5,6 @@ Axes: `T` tokens, `d` width of the model, `H` heads, `D` width of a head.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ _SIGNATURES = {
     "keep": "iiiippppipp",
     "attend": "iiiiippppippfip",
 }
-_KINDS = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float}
 _READY: dict[torch.dtype, Any] = {}
 
 
@@ -81,10 +79,5 @@ def attend(
 
 def _library(dtype: torch.dtype) -> Any:
     if dtype not in _READY:
-        found = build.library(dtype)
-        for name, kinds in _SIGNATURES.items() if found else ():
-            function = getattr(found, name)
-            function.argtypes = [_KINDS[kind] for kind in kinds]
-            function.restype = ctypes.c_int if name == "attend" else None
-        _READY[dtype] = found
+        _READY[dtype] = build.bound(dtype, _SIGNATURES, ("attend",))
     return _READY[dtype]
