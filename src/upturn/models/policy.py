@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from upturn.models import _attention
+from upturn.models import _attention, _output_layer
 from upturn.models._tree_plan import TreePlan
 from upturn.models.fused_training import fused_training
 from upturn.numerics import HEAD_CHUNK, token_logprobs
@@ -49,7 +49,10 @@ def head(model: nn.Module, hidden: Tensor) -> Tensor:
 def tree_logprobs(model: nn.Module, tree: TokenTree, *, flex: bool | None = None) -> Tensor:
     """Log-probability of every target token of a tree, `[N]` fp32."""
     hidden_T = _tree_states(model, tree, flex=flex)
-    return token_logprobs(hidden_T[tree.predictors_N], tree.targets_N, lambda h: head(model, h))
+    hidden_N = hidden_T[tree.predictors_N]
+    if _output_layer.usable(model, hidden_N):
+        return _output_layer.logprobs(hidden_N, cast(Any, model).get_output_embeddings().weight, tree.targets_N)
+    return token_logprobs(hidden_N, tree.targets_N, lambda h: head(model, h))
 
 
 def _tree_states(model: nn.Module, tree: TokenTree, *, flex: bool | None = None) -> Tensor:

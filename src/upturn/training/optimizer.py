@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from upturn.models.native import back, ops
 from upturn.training import plan
 
 
@@ -23,6 +25,8 @@ class MasterAdamW:
         self.max_grad_norm = cfg.max_grad_norm
         for master in self.masters:
             master.grad = torch.zeros_like(master)
+        self._begun: set[int] = set()
+        """Places whose sum holds a gradient of this step; the others hold what is left of the step before, or 0."""
         self.adam = torch.optim.AdamW(
             self.masters,
             lr=cfg.learning_rate,
@@ -33,28 +37,63 @@ class MasterAdamW:
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate; each gradient joins its fp32 sum as soon as it is there, so they never all exist in bf16."""
-        pairs = zip(self.weights, self.masters, strict=True)
-        hooks = [w.register_post_accumulate_grad_hook(partial(_move_grad, master)) for w, master in pairs]
+        add = [partial(self._add, place) for place in range(len(self.weights))]
+        hooks = [w.register_post_accumulate_grad_hook(hook) for w, hook in zip(self.weights, add, strict=True)]
         try:
             loss.backward()
         finally:
             for hook in hooks:
                 hook.remove()
 
+    def _add(self, place: int, weight: Tensor) -> None:
+        """Add the gradient of a weight to its sum, or begin the sum: zeros first would be one more pass."""
+        grad, total, begun = _grad(weight), _grad(self.masters[place]), place in self._begun
+        if ops.usable(grad) and grad.is_contiguous():
+            back.add_gradient(grad, total, is_first=not begun)
+        elif begun:
+            total.add_(grad)
+        else:
+            total.copy_(grad)
+        self._begun.add(place)
+        weight.grad = None
+
     def step(self, weight: float, learning_rate: float) -> Tensor:
         """Divide by the weight of the whole step, clip, update; returns the gradient norm before clipping."""
-        grads = [_grad(master) for master in self.masters]
-        for grad in grads:
-            grad /= weight
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
+        for place, master in enumerate(self.masters):
+            if place not in self._begun:
+                _grad(master).zero_()
+        self._begun.clear()
+        norm = torch.nn.utils.get_total_norm([_grad(master) for master in self.masters]) / weight
+        factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1) / weight
         self.adam.param_groups[0]["lr"] = learning_rate
-        self.adam.step()
-        for grad in grads:
-            grad.zero_()
-        with torch.no_grad():
-            for parameter, master in zip(self.weights, self.masters, strict=True):
-                parameter.copy_(master)
+        if all(ops.usable(w) and w.is_contiguous() for w in self.weights):
+            self._update(float(factor))
+        else:
+            self._update_by_torch(factor)
         return norm
+
+    def _update(self, factor: float) -> None:
+        """AdamW in one pass over each weight and what belongs to it."""
+        group = self.adam.param_groups[0]
+        (beta1, beta2), rate, eps = group["betas"], group["lr"], group["eps"]
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            state = self.adam.state[master]
+            if not state:
+                state |= {"step": torch.tensor(0.0)}
+                state |= {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
+            state["step"] += 1
+            count = float(state["step"])
+            fix, rate_now = math.sqrt(1 - beta2**count), rate / (1 - beta1**count)
+            kept = (master, _grad(master), state["exp_avg"], state["exp_avg_sq"])
+            back.adamw(weight, kept, factor, beta1, beta2, eps, fix, rate_now, 1 - rate * group["weight_decay"])
+
+    @torch.no_grad()
+    def _update_by_torch(self, factor: Tensor) -> None:
+        for master in self.masters:
+            _grad(master).mul_(factor)
+        self.adam.step()
+        for parameter, master in zip(self.weights, self.masters, strict=True):
+            parameter.copy_(master)
 
     def save(self, path: Path) -> None:
         """Masters and moments as one safetensors file."""
@@ -80,11 +119,6 @@ class MasterAdamW:
                         "exp_avg": tensors[f"exp_avg/{name}"],
                         "exp_avg_sq": tensors[f"exp_avg_sq/{name}"],
                     }
-
-
-def _move_grad(master: Tensor, weight: Tensor) -> None:
-    _grad(master).add_(_grad(weight))
-    weight.grad = None
 
 
 def _grad(master: Tensor) -> Tensor:

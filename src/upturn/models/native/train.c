@@ -24,6 +24,7 @@ void norm_back(int64_t n, int64_t heads, int64_t d, int64_t x_stride, int64_t g_
             float scale = 1.0f / sqrtf(squares / (float)d + eps);
             for (int64_t j = 0; j < d; j++) dot += kept(load(came[j]) * load(w[j])) * load(row[j]);
             dot *= scale * scale * scale / (float)d;
+#pragma GCC ivdep
             for (int64_t j = 0; j < d; j++) {
                 float value = load(row[j]), grad = load(came[j]);
                 mine[j] += grad * kept(value * scale);
@@ -40,6 +41,7 @@ void silu_mul_back(int64_t n, int64_t f, const real *gate_up, const real *g, rea
     for (int64_t i = 0; i < n; i++) {
         const real *gate = gate_up + i * 2 * f, *up = gate + f, *came = g + i * f;
         real *to_gate = back + i * 2 * f, *to_up = to_gate + f, *out = product + i * f;
+#pragma GCC ivdep
         for (int64_t j = 0; j < f; j++) {
             float x = load(gate[j]), u = load(up[j]), c = load(came[j]);
             float s = 1.0f / (1.0f + exponential(-x)), silu = kept(x * s);
@@ -182,8 +184,9 @@ void logits_back(int64_t n, int64_t width, int64_t first, real *logits, const in
         real *row = logits + i * width;
         int64_t at = targets[i] - first;
         float picked = at >= 0 && at < width ? load(row[at]) : 0.0f;
-        for (int64_t j = 0; j < width; j++) row[j] = store(-g[i] * exponential(load(row[j]) - log_total[i]));
-        if (at >= 0 && at < width) row[at] = store(g[i] * (1.0f - exponential(picked - log_total[i])));
+        float all = log_total[i], factor = g[i];
+        for (int64_t j = 0; j < width; j++) row[j] = store(-factor * exponential(load(row[j]) - all));
+        if (at >= 0 && at < width) row[at] = store(factor * (1.0f - exponential(picked - all)));
     }
 }
 
