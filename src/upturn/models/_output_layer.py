@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from upturn.models import packed
+from upturn.models import grad_sums, packed
 from upturn.models.native import back, ops
 
 IDS = 4096
@@ -44,20 +44,33 @@ class _LogProbs(torch.autograd.Function):
             back.logits_seen(hidden @ part.t(), first, targets, (top, total, picked))
         log_total = top + total.log()
         ctx.save_for_backward(hidden, weight, targets, log_total)
+        ctx.weight = weight
         return picked - log_total
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         hidden, weight, targets, log_total = ctx.saved_tensors
         g, g_hidden = g.contiguous(), torch.zeros(hidden.shape)
-        g_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for first, part in _parts(weight):
-            logits = hidden @ part.t()
-            back.logits_back_(logits, first, targets, log_total, g)
-            back.add_gradient(logits @ part, g_hidden, is_first=first == 0)
-            if g_weight is not None:
-                torch.mm(logits.t(), hidden, out=g_weight[first : first + len(part)])
+        parts = _gradients(hidden, weight, targets, (log_total, g), g_hidden)
+        add = grad_sums.adder(ctx.weight) if ctx.needs_input_grad[1] else None
+        g_weight = None
+        if add is not None:
+            add(parts)
+        else:
+            g_weight = torch.cat(list(parts))
         return g_hidden.to(hidden.dtype), g_weight, None
+
+
+def _gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, known: tuple[Tensor, Tensor], g_hidden: Tensor
+) -> Iterator[Tensor]:
+    """The weight's gradient, part by part; that of the hidden states is summed on the way. `known`: `[N]` each, the log
+    of the sum of exponentials, and the gradient of the log-probs."""
+    for first, part in _parts(weight):
+        logits = hidden @ part.t()
+        back.logits_back_(logits, first, targets, *known)
+        back.add_gradient(logits @ part, g_hidden, is_first=first == 0)
+        yield logits.t() @ hidden
 
 
 def _parts(weight: Tensor) -> Iterator[tuple[int, Tensor]]:

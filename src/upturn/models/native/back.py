@@ -115,10 +115,16 @@ def add_gradient(g: Tensor, total: Tensor, *, is_first: bool) -> None:
     _library(g.dtype).add_gradient(g.numel(), g.data_ptr(), total.data_ptr(), int(is_first))
 
 
-def adamw(weight: Tensor, state: tuple[Tensor, Tensor, Tensor, Tensor], *numbers: float) -> None:
-    """One update of master, gradient and both moments; see train.c for the numbers."""
-    args = (part.data_ptr() for part in (state[0], weight, *state[1:]))
-    _library(weight.dtype).adamw(weight.numel(), *args, *numbers)
+def adamw(
+    weight: Tensor, low: Tensor | None, state: tuple[Tensor, Tensor, Tensor], numbers: tuple[float, ...]
+) -> None:
+    """One update by gradient and both moments; `low [.]` int16 is the lower half of the fp32 value behind a bf16 weight.
+
+    `numbers`: see train.c.
+    """
+    more = None if low is None else low.data_ptr()
+    args = (part.data_ptr() for part in state)
+    _library(weight.dtype).adamw(weight.numel(), weight.data_ptr(), more, *args, *numbers)
 
 
 def _library(dtype: torch.dtype) -> Any:

@@ -196,16 +196,35 @@ void add_gradient(int64_t n, const real *g, float *sum, int64_t is_first) {
     for (int64_t i = 0; i < n; i++) sum[i] = (is_first ? 0.0f : sum[i]) + load(g[i]);
 }
 
-/* One update by AdamW in float, and the weight that follows. g is multiplied by `factor`; `fix` is the root of the
- * second moment's correction, `rate` the learning rate over the first one's, `decay` what is left of the weight. */
-void adamw(int64_t n, float *master, real *weight, const float *g, float *m, float *v, float factor, float beta1,
+/* The float whose rounded upper half is a bfloat16 weight, from that and its own lower half; a float weight is itself. */
+static inline float joined(real weight, uint16_t low) {
+#ifdef BF16
+    uint32_t bits = ((uint32_t)weight - (low > 0x8000u)) << 16 | low;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+#else
+    return weight;
+#endif
+}
+
+/* One update by AdamW in float. g is multiplied by `factor`; `fix` is the root of the second moment's correction, `rate`
+ * the learning rate over the first one's, `decay` what is left of the weight. */
+void adamw(int64_t n, real *weight, uint16_t *low, const float *g, float *m, float *v, float factor, float beta1,
            float beta2, float eps, float fix, float rate, float decay) {
-#pragma omp parallel for schedule(static) if (n > 4096)
+#pragma omp parallel for simd schedule(static) if (n > 4096)
     for (int64_t i = 0; i < n; i++) {
         float grad = g[i] * factor;
         m[i] += (grad - m[i]) * (1.0f - beta1);
         v[i] = v[i] * beta2 + grad * grad * (1.0f - beta2);
-        master[i] = master[i] * decay - rate * m[i] / (sqrtf(v[i]) / fix + eps);
-        weight[i] = store(master[i]);
+        float value = joined(weight[i], low ? low[i] : 0) * decay - rate * m[i] / (sqrtf(v[i]) / fix + eps);
+#ifdef BF16
+        uint32_t bits;
+        memcpy(&bits, &value, 4);
+        bits |= (bits & 0xffffu) == 0x8000u; /* halfway, it would not show which way it was rounded */
+        memcpy(&value, &bits, 4);
+        low[i] = (uint16_t)bits;
+#endif
+        weight[i] = store(value);
     }
 }
