@@ -70,7 +70,7 @@ def _gradients(
         logits = hidden @ part.t()
         back.logits_back_(logits, first, targets, *known)
         back.add_gradient(logits @ part, g_hidden, is_first=first == 0)
-        yield logits.t() @ hidden
+        yield back.weight_gradient(logits, hidden)
 
 
 def _parts(weight: Tensor) -> Iterator[tuple[int, Tensor]]:

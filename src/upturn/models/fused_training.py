@@ -122,17 +122,15 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, all_heads, raw, attended, middle, *weights = ctx.saved_tensors
-        w, grads = _Weights(*weights), _Grads(ctx.needs_input_grad[2:])
+        w = _Weights(*weights)
+        grads = _Grads(w, ctx.needs_input_grad[2:])
         g_middle = _mlp_back(g.contiguous(), middle, ctx.around, w, grads)
-        grads.linear("o", g_middle, attended)
+        grads.linears("o", g_middle, attended)
         g_heads = _attention_back(g_middle @ w.o, Heads(all_heads, ctx.kv_heads), raw, ctx.around, w, grads)
         _, h = ops.norm(x, w.norm, ctx.around.eps[0])
-        g_x: Tensor | None = None
-        for name, part in zip("qkv", g_heads.parts, strict=True):
-            flat = part.flatten(1)
-            grads.linear(name, flat, h)
-            g_x = _more(flat, getattr(w, name), g_x)
-        assert g_x is not None
+        grads.linears("q k v", g_heads.all.flatten(1), h)
+        q, k, v = (part.flatten(1) for part in g_heads.parts)
+        g_x = _more(v, w.v, _more(k, w.k, q @ w.q))
         grads["norm"] = _norm_back_(x, w.norm, ctx.around.eps[0], g_x, g_middle)
         return g_x, None, *grads.tensors
 
@@ -165,24 +163,19 @@ def _mlp_back(g: Tensor, middle: Tensor, around: _Around, w: _Weights, grads: _G
     """The gradient of what enters the gated half of a layer."""
     _, h = ops.norm(middle, w.mlp_norm, around.eps[1])
     g_gate_up, product = back.silu_mul_back(_gate_up(h, w), g @ w.down)
-    grads.linear("down", g, product)
+    grads.linears("down", g, product)
     del product
     g_gate, g_up = g_gate_up.chunk(2, 1)
-    grads.linear("gate", g_gate, h)
-    grads.linear("up", g_up, h)
-    g_middle = _more(g_up, w.up, _more(g_gate, w.gate, None))
+    grads.linears("gate up", g_gate_up, h)
+    g_middle = _more(g_up, w.up, g_gate @ w.gate)
     grads["mlp_norm"] = _norm_back_(middle, w.mlp_norm, around.eps[1], g_middle, g)
     return g_middle
 
 
-def _attention_back(
-    g: Tensor, heads: Heads, raw: Tensor | None, around: _Around, w: _Weights, grads: _Grads
-) -> Heads:
+def _attention_back(g: Tensor, heads: Heads, raw: Tensor | None, around: _Around, w: _Weights, grads: _Grads) -> Heads:
     """The gradient of queries, keys and values as the products made them."""
     groups, scaling = around.plan.groups(around.how.window), around.how.scaling
-    g_heads = attend_back(
-        heads, g.view(len(g), -1, around.width), groups, around.plan.copies(heads.kv_heads), scaling
-    )
+    g_heads = attend_back(heads, g.view(len(g), -1, around.width), groups, around.plan.copies(heads.kv_heads), scaling)
     q, k, _ = g_heads.parts
     for part in (q, k):
         back.rope_back_(part, around.cos, around.sin)
@@ -208,27 +201,31 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None 
     return torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _more(g: Tensor, weight: Tensor, total: Tensor | None) -> Tensor:
-    """The gradient of a product's input, added to those of its sisters."""
-    return g @ weight if total is None else torch.addmm(total, g, weight, out=total)
+def _more(g: Tensor, weight: Tensor, total: Tensor) -> Tensor:
+    """Add the gradient of a product's input to that of its sisters' one."""
+    return torch.addmm(total, g, weight, out=total)
 
 
 class _Grads:
     """The gradients of the weights, those that are wanted."""
 
-    def __init__(self, wanted: tuple[bool, ...]) -> None:
-        self._wanted = dict(zip(_Weights._fields, wanted, strict=True))
+    def __init__(self, w: _Weights, wanted: tuple[bool, ...]) -> None:
+        self._wanted = dict(zip(w._fields, wanted, strict=True))
+        self._rows = {name: len(weight) for name, weight in w._asdict().items() if weight is not None}
         self._found: dict[str, Tensor] = {}
 
     def __setitem__(self, name: str, grad: Tensor) -> None:
         self._found[name] = grad
 
-    def linear(self, name: str, g: Tensor, x: Tensor) -> None:
-        """Those of a linear layer with input `x` and output gradient `g`."""
-        if self._wanted[name]:
-            self._found[name] = g.t() @ x
-        if self._wanted[f"{name}_bias"]:
-            self._found[f"{name}_bias"] = g.sum(0)
+    def linears(self, names: str, g: Tensor, x: Tensor) -> None:
+        """Those of linear layers side by side with input `x` and output gradient `g`."""
+        each = names.split()
+        if not any(self._wanted[name] or self._wanted[f"{name}_bias"] for name in each):
+            return
+        sizes = [self._rows[name] for name in each]
+        self._found |= zip(each, back.weight_gradient(g, x).split(sizes), strict=True)
+        if any(self._wanted[f"{name}_bias"] for name in each):
+            self._found |= zip((f"{name}_bias" for name in each), g.sum(0).split(sizes), strict=True)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -254,7 +251,9 @@ def _computes_the_same(layer: nn.Module) -> bool:
     try:
         with torch.inference_mode(False), torch.enable_grad():
             x, around = fused.probe(layer)
-            plain, other = (_tried(layer, forward, x, around | {"upturn_plan": plan}) for forward in (layer, _Fused(layer)))
+            plain, other = (
+                _tried(layer, forward, x, around | {"upturn_plan": plan}) for forward in (layer, _Fused(layer))
+            )
     except (TypeError, RuntimeError, AttributeError, ValueError):  # a layer that is called in another way
         return False
     return all(fused.close(a, b) for a, b in zip(plain, other, strict=True))

@@ -99,8 +99,20 @@ class MasterAdamW:
         steps = [torch.tensor(float(self.num_updates - 1), device=grad.device) for grad in grads]
         cfg = self.cfg
         adamw(
-            values, grads, first, second, [], steps, fused=True, amsgrad=False, maximize=False, lr=rate, eps=EPS,
-            beta1=cfg.adam_beta1, beta2=cfg.adam_beta2, weight_decay=cfg.weight_decay,
+            values,
+            grads,
+            first,
+            second,
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            lr=rate,
+            eps=EPS,
+            beta1=cfg.adam_beta1,
+            beta2=cfg.adam_beta2,
+            weight_decay=cfg.weight_decay,
         )
         for place, value in zip(places, values, strict=True):
             self.masters[place].set(value)

@@ -24,6 +24,7 @@ _SIGNATURES = {
     "logits_seen": "iiippppp",
     "logits_back": "iiipppp",
     "add_gradient": "ippi",
+    "columns_product": "iiiiippp",
     "adamw": "ippppp" + "fffffff",
 }
 _READY: dict[torch.dtype, Any] = {}
@@ -33,9 +34,7 @@ MOST_WIDTH = 512
 """The widest head that `collect` takes."""
 
 
-def norm_back(
-    x: Tensor, weight: Tensor, eps: float, g: Tensor, out: Tensor, more: Tensor | None = None
-) -> Tensor:
+def norm_back(x: Tensor, weight: Tensor, eps: float, g: Tensor, out: Tensor, more: Tensor | None = None) -> Tensor:
     """The gradient of `x [T, H, D]` into `out`, plus `more`, given that of its norm; returns that of the weight.
 
     `g`, `more` and `out` lie alike and may be one.
@@ -110,14 +109,23 @@ def logits_back_(logits: Tensor, first: int, targets: Tensor, log_total: Tensor,
     _library(logits.dtype).logits_back(*logits.shape, first, *args)
 
 
+def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
+    """`g.T @ x`, `[T, o], [T, i] -> [o, i]`."""
+    (size, rows), columns = g.shape, x.shape[1]
+    if g.dtype == torch.bfloat16 and g.stride(1) == x.stride(1) == 1:
+        out = g.new_empty(rows, columns)
+        args = (g.stride(0), x.stride(0), g.data_ptr(), x.data_ptr(), out.data_ptr())
+        if not _library(g.dtype).columns_product(size, rows, columns, *args):
+            return out
+    return g.t() @ x
+
+
 def add_gradient(g: Tensor, total: Tensor, *, is_first: bool) -> None:
     """Add a gradient to its fp32 sum, or begin the sum."""
     _library(g.dtype).add_gradient(g.numel(), g.data_ptr(), total.data_ptr(), int(is_first))
 
 
-def adamw(
-    weight: Tensor, low: Tensor | None, state: tuple[Tensor, Tensor, Tensor], numbers: tuple[float, ...]
-) -> None:
+def adamw(weight: Tensor, low: Tensor | None, state: tuple[Tensor, Tensor, Tensor], numbers: tuple[float, ...]) -> None:
     """One update by gradient and both moments; `low [.]` int16 is the lower half of the fp32 value behind a bf16 weight.
 
     `numbers`: see train.c.
@@ -129,5 +137,5 @@ def adamw(
 
 def _library(dtype: torch.dtype) -> Any:
     if dtype not in _READY:
-        _READY[dtype] = build.bound(dtype, _SIGNATURES, ("masked_softmax",))
+        _READY[dtype] = build.bound(dtype, _SIGNATURES, ("masked_softmax", "columns_product"))
     return _READY[dtype]

@@ -24,7 +24,7 @@ import torch
 from upturn.models.load import cache_dir
 
 HERE = Path(__file__).parent
-SOURCES = ("kernels.c", "train.c")
+SOURCES = ("kernels.c", "train.c", "tiles.c")
 HEADERS = ("real.h",)
 FLAGS = (
     "-O3 -march=native -std=gnu11 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros "

@@ -63,7 +63,13 @@ def keep(k: Tensor, v: Tensor, slot: Tensor, place: Tensor, keys: Tensor, values
 
 
 def attend(
-    q: Tensor, which: Tensor, slot: Tensor, place: Tensor, cache: tuple[Tensor, Tensor], how: tuple[float, int], out: Tensor
+    q: Tensor,
+    which: Tensor,
+    slot: Tensor,
+    place: Tensor,
+    cache: tuple[Tensor, Tensor],
+    how: tuple[float, int],
+    out: Tensor,
 ) -> None:
     """Attention of the tokens `which` of `q [T, H, D]`, each over its slot up to its own place, into `out` like `q`.
 
