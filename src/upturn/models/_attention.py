@@ -6,7 +6,7 @@ architecture that uses the attention interface of `transformers` works: Llama, Q
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,13 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, how: How, *, few_queries
 def hidden(seen: Tensor) -> Tensor:
     """What is added to the scores so that only the `seen` keys count: 0 there and -inf elsewhere, fp32."""
     return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
+def use_plans(model: nn.Module) -> None:
+    """Switch a `transformers` model to attention by plan, once."""
+    known = cast(Any, model)
+    if known.config._attn_implementation != NAME:
+        known.set_attn_implementation(NAME)
 
 
 AttentionInterface.register(NAME, attention)

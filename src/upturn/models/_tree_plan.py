@@ -1,8 +1,9 @@
 """Attention over a token tree: one path for the CPU, one for CUDA, the same results.
 
-CPU    the tree is cut into units: small subtrees, and the nodes above them. A unit's queries see its ancestors and
-       its own tokens. Units of similar size are gathered into one padded batch with a dense ancestor mask; every
-       linear layer still runs on the flat tokens.
+CPU    the tree is cut into units: small subtrees, and pieces of the nodes above them. A unit's queries see its
+       ancestors and its own tokens. Units of similar size are gathered into one padded batch with a dense ancestor
+       mask; every linear layer still runs on the flat tokens. Layers of the common kind do this with kernels and
+       gradients of their own (`_tree_attention`).
 CUDA   FlexAttention with a block mask over the flat tokens (it has no backward pass on CPU).
 """
 
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 
 from upturn.models._attention import How, hidden, sdpa
+from upturn.models._tree_attention import Copies, Group, copies
 from upturn.trees import Span, TokenTree
 
 UNIT_TOKENS = 192
-"""Subtrees up to this size are one unit; larger ones are cut into their node and their children's subtrees."""
+"""Subtrees up to this size are one unit; larger ones are cut into pieces of their node and their children's subtrees."""
 PADDING_ALLOWED = 1.4
 """A group of units is closed when its padded area exceeds its real area by this factor."""
 
@@ -30,6 +32,8 @@ class TreePlan:
         self.tree = tree
         self.flex = tree.ids_T.is_cuda if flex is None else flex
         self._masks: dict[int | None, Any] = {}
+        self._seen: dict[int | None, list[Group]] = {}
+        self._copies: dict[int, Copies] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         """See `Plan`."""
@@ -58,7 +62,23 @@ class TreePlan:
         device = self.tree.ids_T.device
         return [(_padded([q for q, _ in g], device), _padded([k for _, k in g], device)) for g in groups]
 
+    def groups(self, window: int | None) -> list[Group]:
+        """The units of the CPU path with what each query sees."""
+        if window not in self._seen:
+            seen = self._visible(window)
+            self._seen[window] = [Group(q, k, s) for (q, k), s in zip(self._groups, seen, strict=True)]
+        return self._seen[window]
+
+    def copies(self, kv_heads: int) -> Copies:
+        """Where the copies of each token's key lie, all groups end to end."""
+        if kv_heads not in self._copies:
+            self._copies[kv_heads] = copies([keys for _, keys in self._groups], len(self.tree.ids_T), kv_heads)
+        return self._copies[kv_heads]
+
     def _dense_masks(self, window: int | None) -> list[Tensor]:
+        return [hidden(seen[:, None]) for seen in self._visible(window)]
+
+    def _visible(self, window: int | None) -> list[Tensor]:
         ends_T, depth_T = self.tree.ends_T, self.tree.positions_T
         masks = []
         for queries, keys in self._groups:
@@ -67,7 +87,7 @@ class TreePlan:
             if window is not None:
                 mask &= depth_T[q] - depth_T[k] < window
             mask[:, :, 0] |= (queries < 0) | ~mask.any(-1)  # no empty row, so no NaN; padded rows are dropped
-            masks.append(hidden(mask[:, None]))
+            masks.append(mask)
         return masks
 
     def _grouped(self, q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor], how: How) -> Tensor:
@@ -119,8 +139,11 @@ def _units(spans: tuple[Span, ...]) -> list[tuple[list[int], list[int]]]:
         small = span.stop - span.start <= UNIT_TOKENS
         if small:
             whole.add(place)
-        own = list(range(span.start, span.stop if small else span.start + span.length))
-        units.append((own, path + own))
+        stop = span.stop if small else span.start + span.length
+        step = max(1, stop - span.start) if small else UNIT_TOKENS
+        for first in range(span.start, stop, step):  # a piece does not see the node's later ones
+            last = min(first + step, stop)
+            units.append((list(range(first, last)), path + list(range(span.start, last))))
     return units
 
 

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from upturn.models import _attention, packed, policy
+from upturn.models import _attention, packed
 from upturn.models._attention import How
 from upturn.models.native import ops
 
@@ -34,8 +34,8 @@ def fused(model: nn.Module) -> Iterator[None]:
 
     Joined weights go when the block ends; weights must not change within it. They take as much memory again.
     """
-    policy.use_plans(model)
-    known = {layer: how for layer in getattr(_decoder(model), "layers", ()) if (how := _fusable(layer))}
+    _attention.use_plans(model)
+    known = {layer: how for layer in layers_of(model) if (how := _fusable(layer))}
     layers: list[Any] = [*known]
     for layer in layers:
         layer.forward = _Fused(layer, known[layer])
@@ -86,15 +86,17 @@ class _Fused:
         return x + narrow(ops.silu_mul(widen(h)))
 
 
-def _decoder(model: nn.Module) -> nn.Module:
-    return cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers; none where the model is built in another way."""
+    decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
+    return list(getattr(decoder, "layers", ()))
 
 
-def _fusable(layer: nn.Module) -> How | None:
-    """How a layer attends, if it is made of the common parts, plain ones, and was found to compute the same."""
+def is_common(layer: nn.Module) -> bool:
+    """Made of the common parts, plain ones, where there are kernels. Whether it computes the same must be tried."""
     named: dict[str, Any] = dict(layer.named_children())
     if set(named) != PARTS or "forward" in layer.__dict__:
-        return None
+        return False
     attention, mlp = named["self_attn"], named["mlp"]
     inner, outer = dict(attention.named_children()), dict(mlp.named_children())
     linears = [part for name, part in (*inner.items(), *outer.items()) if name.endswith("_proj")]
@@ -102,7 +104,12 @@ def _fusable(layer: nn.Module) -> How | None:
     known = set(inner) - {"q_norm", "k_norm"} == ATTENTION and set(outer) == MLP
     plain = all(packed.is_plain(part) for part in linears) and all(hasattr(n, "variance_epsilon") for n in norms)
     hooked = any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules())
-    if not known or not plain or hooked or type(mlp.act_fn).__name__ not in SILU or not ops.usable(linears[0].weight):
+    return known and plain and not hooked and type(mlp.act_fn).__name__ in SILU and ops.usable(linears[0].weight)
+
+
+def _fusable(layer: nn.Module) -> How | None:
+    """How a common layer attends, if it was found to compute the same."""
+    if not is_common(layer):
         return None
     if layer not in _SEEN:
         _SEEN[layer] = _computes_the_same(layer)
@@ -114,22 +121,41 @@ _SEEN: WeakKeyDictionary[nn.Module, How | None] = WeakKeyDictionary()
 
 @torch.inference_mode()
 def _computes_the_same(layer: nn.Module) -> How | None:
-    """Both ways on some numbers, five tokens; what the layer's own way says of its attention if they agree."""
+    x, around = probe(layer)
+    how = asked_by(layer)
+    try:
+        plain = layer(x, **around, upturn_plan=_Causal())
+        other = _Fused(layer, how)(x, **around, upturn_plan=_Causal()) if how else None
+    except (TypeError, RuntimeError, AttributeError, ValueError):  # a layer that is called in another way
+        return None
+    return how if other is not None and close(plain, other) else None
+
+
+def asked_by(layer: nn.Module) -> How | None:
+    """How a layer's own forward asks to attend; None where it cannot be called like the others."""
+    x, around = probe(layer)
+    causal = _Causal()
+    try:
+        with torch.no_grad():
+            layer(x, **around, upturn_plan=causal)
+    except (TypeError, RuntimeError, AttributeError, ValueError):
+        return None
+    return causal.how
+
+
+def probe(layer: nn.Module) -> tuple[Tensor, dict[str, Any]]:
+    """Some numbers to try both ways: five tokens at places that are not in a row."""
     attention: Any = layer.self_attn
     weight: Tensor = attention.q_proj.weight
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 5, weight.shape[1], generator=generator).to(weight.dtype)
     angle = torch.rand(1, 5, attention.head_dim // 2, generator=generator).repeat(1, 1, 2) * 6
-    causal = _Causal()
-    around = {"position_embeddings": (angle.cos().to(x.dtype), angle.sin().to(x.dtype)), "upturn_plan": causal}
-    try:
-        plain = layer(x, **around)
-        if causal.how is None:
-            return None
-        other = _Fused(layer, causal.how)(x, **around)
-    except (TypeError, RuntimeError, AttributeError, ValueError):  # a layer that is called in another way
-        return None
-    return causal.how if (plain - other).abs().max() <= CLOSE[x.dtype] * plain.abs().max() else None
+    return x, {"position_embeddings": (angle.cos().to(x.dtype), angle.sin().to(x.dtype))}
+
+
+def close(plain: Tensor, other: Tensor) -> bool:
+    """Whether rounding explains the difference."""
+    return bool((plain - other).abs().max() <= CLOSE[plain.dtype] * plain.abs().max())
 
 
 class _Causal:

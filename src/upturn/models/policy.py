@@ -7,17 +7,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from upturn.models import _attention
+from upturn.models import _attention, _output_layer
+from upturn.models._attention import use_plans
 from upturn.models._tree_plan import TreePlan
+from upturn.models.fused_training import fused_training
 from upturn.numerics import HEAD_CHUNK, token_logprobs
 from upturn.trees import TokenTree
-
-
-def use_plans(model: nn.Module) -> None:
-    """Switch a `transformers` model to attention by plan, once."""
-    known = cast(Any, model)
-    if known.config._attn_implementation != _attention.NAME:
-        known.set_attn_implementation(_attention.NAME)
 
 
 def hidden_states(model: nn.Module, ids_T: Tensor, positions_T: Tensor, plan: _attention.Plan) -> Tensor:
@@ -47,14 +42,24 @@ def head(model: nn.Module, hidden: Tensor) -> Tensor:
 
 def tree_logprobs(model: nn.Module, tree: TokenTree, *, flex: bool | None = None) -> Tensor:
     """Log-probability of every target token of a tree, `[N]` fp32."""
-    hidden_T = hidden_states(model, tree.ids_T, tree.positions_T, TreePlan(tree, flex=flex))
-    return token_logprobs(hidden_T[tree.predictors_N], tree.targets_N, lambda h: head(model, h))
+    hidden_T = _tree_states(model, tree, flex=flex)
+    hidden_N = hidden_T[tree.predictors_N]
+    if _output_layer.usable(model, hidden_N):
+        return _output_layer.logprobs(hidden_N, cast(Any, model).get_output_embeddings().weight, tree.targets_N)
+    return token_logprobs(hidden_N, tree.targets_N, lambda h: head(model, h))
+
+
+def _tree_states(model: nn.Module, tree: TokenTree, *, flex: bool | None = None) -> Tensor:
+    """Last hidden states of every token of a tree, `[T, d]`."""
+    plan = TreePlan(tree, flex=flex)
+    with fused_training(model, plan):
+        return hidden_states(model, tree.ids_T, tree.positions_T, plan)
 
 
 @torch.inference_mode()
 def tree_kl(model: nn.Module, other: nn.Module, tree: TokenTree) -> Tensor:
     """KL(model || other) of the next-token distributions before every target token, `[N]` nats, fp32."""
-    hidden = [hidden_states(m, tree.ids_T, tree.positions_T, TreePlan(tree))[tree.predictors_N] for m in (model, other)]
+    hidden = [_tree_states(m, tree)[tree.predictors_N] for m in (model, other)]
     parts = []
     for mine_N, other_N in zip(*(h.split(HEAD_CHUNK) for h in hidden), strict=True):
         logp, logq = (head(m, h).float().log_softmax(-1) for m, h in ((model, mine_N), (other, other_N)))

@@ -1,4 +1,4 @@
-"""Compiles kernels.c for this processor, once, and loads it; None where that cannot be.
+"""Compiles the C files beside it for this processor, once, and loads it; None where that cannot be.
 
 Torch brings its own OpenMP library. The kernels are linked against the very file that torch loaded, so both share one
 pool of threads: two pools would spin against each other.
@@ -14,17 +14,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from upturn.models.load import cache_dir
 
-SOURCE = Path(__file__).with_name("kernels.c")
+HERE = Path(__file__).parent
+SOURCES = {"kernels.c": (), "train.c": ("-fassociative-math",), "tiles.c": ()}
+"""With flags of their own: sums of train.c may be split over lanes."""
+HEADERS = ("real.h",)
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp")
 ARITHMETIC = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffinite-math-only")
 """Not -ffast-math: its linker flags would make the whole process flush denormal numbers to zero."""
+_KINDS = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float}
 WIDE = "-mprefer-vector-width=512"
 TYPES = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
 
@@ -43,6 +49,16 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
 
 
+def bound(dtype: torch.dtype, signatures: Mapping[str, str], failing: Collection[str]) -> Any:
+    """The library with the arguments of some functions declared, one letter each; those that can fail return an int."""
+    found = library(dtype)
+    for name, kinds in signatures.items() if found else ():
+        function = getattr(found, name)
+        function.argtypes = [_KINDS[kind] for kind in kinds]
+        function.restype = ctypes.c_int if name in failing else None
+    return found
+
+
 def _openmp() -> str | None:
     """The OpenMP library of this process."""
     lines = Path("/proc/self/maps").read_text().splitlines()
@@ -52,14 +68,16 @@ def _openmp() -> str | None:
 
 def _built(compiler: str, openmp: str, defines: tuple[str, ...]) -> Path:
     flags = [*FLAGS, *ARITHMETIC, *defines, *([WIDE] if platform.machine() == "x86_64" else [])]
-    facts = [SOURCE.read_text(), compiler, openmp, *flags, _processor()]
+    text = [(HERE / name).read_text() for name in (*SOURCES, *HEADERS)]
+    facts = [*text, str(SOURCES), compiler, openmp, *flags, _processor()]
     target = cache_dir() / "native" / f"{hashlib.sha256('|'.join(facts).encode()).hexdigest()[:16]}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            made, out = Path(scratch) / "kernels.o", Path(scratch) / target.name
-            _call(compiler, *flags, "-c", str(SOURCE), "-o", str(made))
-            _call(compiler, "-shared", str(made), openmp, "-lm", "-o", str(out))
+            made, out = [str(Path(scratch) / f"{name}.o") for name in SOURCES], Path(scratch) / target.name
+            for (source, own), part in zip(SOURCES.items(), made, strict=True):
+                _call(compiler, *flags, *own, "-c", str(HERE / source), "-o", part)
+            _call(compiler, "-shared", *made, openmp, "-lm", "-o", str(out))
             os.replace(out, target)
     return target
 

@@ -1,38 +1,11 @@
 /* Element-wise work and attention of few queries, each in one pass over memory, on the threads of torch.
  *
- * Compiled once for float and once for bfloat16 (-DBF16); sums are float in both. Rows are contiguous. Where torch
- * rounds to bfloat16 between two operations, so does this, hence results differ from torch's only by the order of sums.
+ * Rows are contiguous. Where torch rounds to bfloat16 between two operations, so does this, hence results differ from
+ * torch's only by the order of sums.
  */
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "real.h"
 #ifdef __AVX512F__
 #include <immintrin.h>
-#endif
-
-#ifdef BF16
-typedef uint16_t real;
-
-static inline float load(real x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float out;
-    memcpy(&out, &bits, 4);
-    return out;
-}
-
-static inline real store(float x) { /* to the nearest, ties to even; NaN stays NaN */
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return (bits & 0x7fffffffu) > 0x7f800000u ? (real)0x7fc0 : (real)rounded;
-}
-#else
-typedef float real;
-
-static inline float load(real x) { return x; }
-
-static inline real store(float x) { return x; }
 #endif
 
 /* 16 numbers at once, on any machine: compilers split them where registers are shorter. */
@@ -62,7 +35,7 @@ static inline void store_vec(real *to, vec x) {
 }
 
 /* What is left of x after it was kept as a `real`. */
-static inline vec kept(vec x) {
+static inline vec kept_vec(vec x) {
 #if defined BF16 && defined __AVX512BF16__
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)), 16);
 #else
@@ -96,7 +69,7 @@ static inline vec between(vec x, float least, float most) {
 }
 
 /* e^x to 2 units in the last place, as if x lay between -87 and 88. */
-static inline vec exponential(vec x) {
+static inline vec exp_vec(vec x) {
     typedef int32_t whole __attribute__((vector_size(4 * LANES)));
     x = between(x, -87.0f, 88.0f);
     vec n = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's last bits are the nearest whole number */
@@ -146,7 +119,7 @@ static inline void norm_row(int64_t d, const real *x, const real *w, float eps, 
     }
     float scale = 1.0f / sqrtf(total(squares) / (float)d + eps);
     for (int64_t j = 0; j < d; j += LANES)
-        store_some(out + j, load_some(w + j, d - j) * kept(load_some(x + j, d - j) * scale), d - j);
+        store_some(out + j, load_some(w + j, d - j) * kept_vec(load_some(x + j, d - j) * scale), d - j);
 }
 
 /* x [n, d] (+ y, into sum) -> out = RMS norm times w. y may be NULL: then sum is not written. */
@@ -172,7 +145,7 @@ void silu_mul(int64_t n, int64_t f, const real *gate_up, real *out) {
         const real *gate = gate_up + i * 2 * f, *up = gate + f;
         for (int64_t j = 0; j < f; j += LANES) {
             vec g = load_some(gate + j, f - j);
-            vec silu = kept(g * inverse(1.0f + exponential(-g)));
+            vec silu = kept_vec(g * inverse(1.0f + exp_vec(-g)));
             store_some(out + i * f + j, silu * load_some(up + j, f - j), f - j);
         }
     }
@@ -191,8 +164,8 @@ void rope(int64_t n, int64_t heads, int64_t d, int64_t stride, real *x, const re
             for (int64_t j = 0; j < half; j += LANES) {
                 int64_t some = half - j;
                 vec a = load_some(low + j, some), b = load_some(high + j, some);
-                vec first = kept(a * load_some(c + j, some)) - kept(b * load_some(s + j, some));
-                vec second = kept(b * load_some(c + half + j, some)) + kept(a * load_some(s + half + j, some));
+                vec first = kept_vec(a * load_some(c + j, some)) - kept_vec(b * load_some(s + j, some));
+                vec second = kept_vec(b * load_some(c + half + j, some)) + kept_vec(a * load_some(s + half + j, some));
                 store_some(low + j, first, some);
                 store_some(high + j, second, some);
             }
@@ -245,8 +218,8 @@ int sample(int64_t n, int64_t size, const real *logits, const float *uniform, fl
                 vec sums = {0}, plains = {0};
                 for (int64_t j = 0; j < some; j += LANES) {
                     vec x = load_below(row + from + j, some - j) - top;
-                    if (scale) sums += exponential(x * scale);
-                    if (scale != 1.0f) plains += exponential(x);
+                    if (scale) sums += exp_vec(x * scale);
+                    if (scale != 1.0f) plains += exp_vec(x);
                 }
                 mass[b] = (double)total(sums);
                 whole += mass[b];
@@ -354,7 +327,7 @@ static inline __attribute__((always_inline)) void attend_head(const real *q, con
         for (int64_t t = 0; t < width; t += LANES) {
             vec part;
             memcpy(&part, row + t, sizeof part);
-            part = exponential(part - top);
+            part = exp_vec(part - top);
             if (t + LANES > count)
                 for (int i = 0; i < LANES; i++) part[i] = t + i < count ? part[i] : 0.0f;
             all += part;

@@ -5,7 +5,6 @@ Axes: `T` tokens, `d` width of the model, `H` heads, `D` width of a head.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ _SIGNATURES = {
     "attend": "iiiiippppippfip",
     "sample": "iippfpp",
 }
-_KINDS = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float}
 _READY: dict[torch.dtype, Any] = {}
 
 
@@ -97,10 +95,5 @@ def _check(failed: int) -> None:
 
 def _library(dtype: torch.dtype) -> Any:
     if dtype not in _READY:
-        found = build.library(dtype)
-        for name, kinds in _SIGNATURES.items() if found else ():
-            function = getattr(found, name)
-            function.argtypes = [_KINDS[kind] for kind in kinds]
-            function.restype = ctypes.c_int if name in ("attend", "sample") else None
-        _READY[dtype] = found
+        _READY[dtype] = build.bound(dtype, _SIGNATURES, ("attend", "sample"))
     return _READY[dtype]

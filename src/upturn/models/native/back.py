@@ -1,0 +1,141 @@
+"""The kernels of train.c as functions of tensors: what a training step needs besides `ops` and matrix products.
+
+Axes: `T` tokens, `d` width of the model, `H` heads, `D` width of a head, `B` units of a group, `Q` and `K` their queries
+and keys, `N` targets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upturn.models.native import build
+
+_SIGNATURES = {
+    "norm_back": "iiiii" + "ppf" + "pppp" + "i",
+    "silu_mul_back": "iipppp",
+    "rope_back": "iiiippp",
+    "spread": "iiiiippp",
+    "unspread": "iiiiippp",
+    "collect": "iiiipppp" + "p",
+    "masked_softmax": "iiiippfp",
+    "logits_seen": "iiippppp",
+    "logits_back": "iiipppp",
+    "add_gradient": "ippi",
+    "columns_product": "iiiiippp",
+    "adamw": "ippppp" + "fffffff",
+}
+_READY: dict[torch.dtype, Any] = {}
+PARTS = 16
+"""Sums over tokens are made in so many parts, whatever the number of threads."""
+MOST_WIDTH = 512
+"""The widest head that `collect` takes."""
+
+
+def norm_back(x: Tensor, weight: Tensor, eps: float, g: Tensor, out: Tensor, more: Tensor | None = None) -> Tensor:
+    """The gradient of `x [T, H, D]` into `out`, plus `more`, given that of its norm; returns that of the weight.
+
+    `g`, `more` and `out` lie alike and may be one.
+    """
+    size, heads, width = x.shape
+    sums = torch.zeros(PARTS, width)
+    past = None if more is None else more.data_ptr()
+    args = (x.data_ptr(), weight.data_ptr(), eps, g.data_ptr(), past, out.data_ptr(), sums.data_ptr(), PARTS)
+    _library(x.dtype).norm_back(size, heads, width, x.stride(0), g.stride(0), *args)
+    return sums.sum(0).to(weight.dtype)
+
+
+def silu_mul_back(gate_up: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of `gate_up [T, 2 f]` given that of SiLU times product, `[T, f]`, and the product itself."""
+    back, product = torch.empty_like(gate_up), torch.empty_like(g)
+    size, width = g.shape
+    args = (gate_up.data_ptr(), g.data_ptr(), back.data_ptr(), product.data_ptr())
+    _library(g.dtype).silu_mul_back(size, width, *args)
+    return back, product
+
+
+def rope_back_(g: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """The gradient before the rotary embedding in place of the one behind it, `g [T, H, D]`."""
+    size, heads, width = g.shape
+    _library(g.dtype).rope_back(size, heads, width, g.stride(0), g.data_ptr(), cos.data_ptr(), sin.data_ptr())
+
+
+def spread(x: Tensor, places: Tensor) -> Tensor:
+    """The rows of `x [T, H, D]` named by `places [B, L]`, as `[B, H, L, D]`; 0 where a place is -1."""
+    units, length = places.shape
+    _, heads, width = x.shape
+    out = x.new_empty(units, heads, length, width)
+    args = (x.stride(0), x.data_ptr(), places.data_ptr(), out.data_ptr())
+    _library(x.dtype).spread(units, length, heads, width, *args)
+    return out
+
+
+def unspread(x: Tensor, places: Tensor, out: Tensor) -> None:
+    """Rows of `x [B, H, L, D]` to their places in `out [T, H, D]`; none is named twice, and -1 is left out."""
+    units, heads, length, width = x.shape
+    args = (out.stride(0), x.data_ptr(), places.data_ptr(), out.data_ptr())
+    _library(x.dtype).unspread(units, length, heads, width, *args)
+
+
+def collect(x: Tensor, origin: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
+    """Into each row of `out [T, H, D]` the fp32 sum of its copies in `x [rows, D]`.
+
+    `origin`: where the copies of a row begin in the list `[T + 1]`; the copies' rows for head 0, and rows between heads.
+    """
+    size, heads, width = out.shape
+    first, rows, steps = (part.data_ptr() for part in origin)
+    _library(x.dtype).collect(size, heads, width, out.stride(0), x.data_ptr(), first, rows, steps, out.data_ptr())
+
+
+def softmax_(scores: Tensor, seen: Tensor, scale: float, g: Tensor | None = None) -> None:
+    """Scores `[B, H, Q, K]` become their softmax over what is `seen [B, Q, K]`; `g`, its gradient, that of the scores."""
+    back = None if g is None else g.data_ptr()
+    args = (scores.data_ptr(), seen.data_ptr(), scale, back)
+    if _library(scores.dtype).masked_softmax(*scores.shape, *args):
+        raise MemoryError("softmax found no memory for a row")
+
+
+def logits_seen(logits: Tensor, first: int, targets: Tensor, sums: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Take in the logits `[N, width]` of ids from `first` on: largest, sum of exponentials, the target's; `[N]` fp32."""
+    args = (part.data_ptr() for part in (logits, targets, *sums))
+    _library(logits.dtype).logits_seen(*logits.shape, first, *args)
+
+
+def logits_back_(logits: Tensor, first: int, targets: Tensor, log_total: Tensor, g: Tensor) -> None:
+    """The logits become their gradient, given that of the target's log-prob, `[N]` fp32."""
+    args = (part.data_ptr() for part in (logits, targets, log_total, g))
+    _library(logits.dtype).logits_back(*logits.shape, first, *args)
+
+
+def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
+    """`g.T @ x`, `[T, o], [T, i] -> [o, i]`."""
+    (size, rows), columns = g.shape, x.shape[1]
+    if g.dtype == torch.bfloat16 and g.stride(1) == x.stride(1) == 1:
+        out = g.new_empty(rows, columns)
+        args = (g.stride(0), x.stride(0), g.data_ptr(), x.data_ptr(), out.data_ptr())
+        if not _library(g.dtype).columns_product(size, rows, columns, *args):
+            return out
+    return g.t() @ x
+
+
+def add_gradient(g: Tensor, total: Tensor, *, is_first: bool) -> None:
+    """Add a gradient to its fp32 sum, or begin the sum."""
+    _library(g.dtype).add_gradient(g.numel(), g.data_ptr(), total.data_ptr(), int(is_first))
+
+
+def adamw(weight: Tensor, low: Tensor | None, state: tuple[Tensor, Tensor, Tensor], numbers: tuple[float, ...]) -> None:
+    """One update by gradient and both moments; `low [.]` int16 is the lower half of the fp32 value behind a bf16 weight.
+
+    `numbers`: see train.c.
+    """
+    more = None if low is None else low.data_ptr()
+    args = (part.data_ptr() for part in state)
+    _library(weight.dtype).adamw(weight.numel(), weight.data_ptr(), more, *args, *numbers)
+
+
+def _library(dtype: torch.dtype) -> Any:
+    if dtype not in _READY:
+        _READY[dtype] = build.bound(dtype, _SIGNATURES, ("masked_softmax", "columns_product"))
+    return _READY[dtype]

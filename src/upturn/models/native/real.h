@@ -1,0 +1,57 @@
+/* Numbers of both types, and the exponential: what the kernels share.
+ *
+ * Compiled once for float and once for bfloat16 (-DBF16); sums are float in both.
+ */
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#ifdef BF16
+typedef uint16_t real;
+
+static inline float load(real x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+
+static inline real store(float x) { /* to the nearest, ties to even; NaN stays NaN */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return (bits & 0x7fffffffu) > 0x7f800000u ? (real)0x7fc0 : (real)rounded;
+}
+#else
+typedef float real;
+
+static inline float load(real x) { return x; }
+
+static inline real store(float x) { return x; }
+#endif
+
+/* What is left of x after it was kept as a `real`. */
+static inline float kept(float x) { return load(store(x)); }
+
+/* e^x to 2 units in the last place; vectorises, unlike expf. */
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = rintf(x * 1.44269504f);
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    uint32_t scale = (uint32_t)((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &scale, 4);
+    return p * power;
+}

@@ -1,0 +1,130 @@
+/* The gradient of a weight, g^T x in bfloat16 with float sums, on the matrix tiles of a processor with AMX.
+ *
+ * Both factors lie the wrong way for any matrix product: their sums run over rows. A general one turns them around at
+ * less than half its speed; here they are packed into tiles once. Other processors get 1 back, and use the general one.
+ */
+#include "real.h"
+
+#if defined BF16 && defined __AMX_BF16__ && defined __AVX512BW__
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum { SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH, HELD = 1 << 19 };
+
+typedef struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} layout;
+
+/* Two rows of 16 numbers, side by side pair by pair. */
+static inline __m512i pairs(const real *x, int64_t stride, int64_t rows, int64_t r) {
+    __m512i low = _mm512_setzero_si512(), high = low;
+    if (r < rows) low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(x + r * stride)));
+    if (r + 1 < rows) high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(x + (r + 1) * stride)));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+/* 16 columns of x [n, .] as tiles of 32 rows, pairs of rows interleaved: the right factor of a tile product. */
+static void pack_right(int64_t n, int64_t stride, const real *x, real *tiles) {
+    for (int64_t t = 0; t < n; t += DEPTH, tiles += TILE)
+        for (int r = 0; r < SIDE; r++) _mm512_store_si512(tiles + r * DEPTH, pairs(x, stride, n, t + 2 * r));
+}
+
+/* The same columns as the left factor, transposed. */
+static void pack_left(int64_t n, int64_t stride, const real *x, real *tiles) {
+    for (int64_t t = 0; t < n; t += DEPTH, tiles += TILE) {
+        __m512i a[SIDE], b[SIDE];
+        for (int r = 0; r < SIDE; r++) a[r] = pairs(x, stride, n, t + 2 * r);
+        for (int r = 0; r < SIDE; r += 2) {
+            b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
+            b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
+        }
+        for (int r = 0; r < SIDE; r += 4)
+            for (int i = 0; i < 2; i++) {
+                a[r + 2 * i] = _mm512_unpacklo_epi64(b[r + i], b[r + i + 2]);
+                a[r + 2 * i + 1] = _mm512_unpackhi_epi64(b[r + i], b[r + i + 2]);
+            }
+        for (int r = 0; r < SIDE; r += 8)
+            for (int i = 0; i < 4; i++) {
+                b[r + i] = _mm512_shuffle_i32x4(a[r + i], a[r + i + 4], 0x88);
+                b[r + i + 4] = _mm512_shuffle_i32x4(a[r + i], a[r + i + 4], 0xdd);
+            }
+        for (int i = 0; i < 8; i++) {
+            _mm512_store_si512(tiles + i * DEPTH, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+            _mm512_store_si512(tiles + (i + 8) * DEPTH, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+        }
+    }
+}
+
+/* 32 x 32 numbers of the result from two panels of tiles each way. */
+static inline void block(int64_t depth, const real *left, const real *right, float *sums, int64_t stride, real *out) {
+    const real *left2 = left + depth * TILE, *right2 = right + depth * TILE;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t t = 0; t < depth; t++) {
+        _tile_loadd(4, left + t * TILE, 64);
+        _tile_loadd(6, right + t * TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, right2 + t * TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, left2 + t * TILE, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + SIDE, 128);
+    _tile_stored(2, sums + SIDE * 32, 128);
+    _tile_stored(3, sums + SIDE * 32 + SIDE, 128);
+    for (int i = 0; i < 32; i++)
+        for (int j = 0; j < 32; j++) out[i * stride + j] = store(sums[i * 32 + j]);
+}
+
+/* g [n, o], x [n, i], rows strides apart -> out [o, i]; o and i are multiples of 32. Returns 1 where it cannot. */
+int columns_product(int64_t n, int64_t o, int64_t i, int64_t g_stride, int64_t x_stride, const real *g, const real *x,
+                    real *out) {
+    static int allowed = -1;
+    if (allowed < 0) allowed = !syscall(SYS_arch_prctl, 0x1023, 18); /* ask for tiles, which Linux lends on demand */
+    if (!allowed || o % 32 || i % 32 || !n) return 1;
+    int64_t depth = (n + DEPTH - 1) / DEPTH, held = HELD / (depth * DEPTH * 32);
+    held = held < 1 ? 1 : held;
+    real *right = aligned_alloc(64, (size_t)(depth * TILE * (i / SIDE)) * sizeof(real));
+    if (!right) return 1;
+    int failed = 0;
+    layout shape = {.palette = 1};
+    for (int t = 0; t < 8; t++) shape.bytes[t] = 64, shape.rows[t] = 16;
+#pragma omp parallel
+    {
+        real *left = aligned_alloc(64, (size_t)(held * 2 * depth * TILE) * sizeof(real));
+        float sums[32 * 32] __attribute__((aligned(64)));
+        if (!left) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (int64_t c = 0; c < i / SIDE; c++) pack_right(n, x_stride, x + c * SIDE, right + c * depth * TILE);
+        _tile_loadconfig(&shape);
+#pragma omp for schedule(static)
+        for (int64_t part = 0; part < (o / 32 + held - 1) / held; part++) {
+            int64_t first = part * held, last = first + held < o / 32 ? first + held : o / 32;
+            for (int64_t c = 2 * first; left && c < 2 * last; c++)
+                pack_left(n, g_stride, g + c * SIDE, left + (c - 2 * first) * depth * TILE);
+            for (int64_t c = 0; left && c < i / 32; c++)
+                for (int64_t r = first; r < last; r++)
+                    block(depth, left + (r - first) * 2 * depth * TILE, right + c * 2 * depth * TILE, sums, i,
+                          out + r * 32 * i + c * 32);
+        }
+        _tile_release();
+        free(left);
+    }
+    free(right);
+    return failed;
+}
+#else
+int columns_product(int64_t n, int64_t o, int64_t i, int64_t g_stride, int64_t x_stride, const real *g, const real *x,
+                    real *out) {
+    return 1;
+}
+#endif

@@ -1,0 +1,230 @@
+/* What training adds: gradients of the element-wise work, softmax under a mask, gathers, and AdamW.
+ *
+ * Work is cut into parts that do not depend on the number of threads, and parts are added in their order, so results
+ * repeat to the bit.
+ */
+#include "real.h"
+
+/* First row of part p of n rows in `parts` parts. */
+static inline int64_t cut(int64_t n, int64_t p, int64_t parts) { return n * p / parts; }
+
+/* The gradient of x [n, d] where out = norm(x) * w had the gradient g, plus `more`, which may be NULL. The gradient of
+ * w is added into gw [parts, d]. Rows of x, g and gx are `heads` pieces of width d, strides apart. */
+void norm_back(int64_t n, int64_t heads, int64_t d, int64_t x_stride, int64_t g_stride, const real *x, const real *w,
+               float eps, const real *g, const real *more, real *gx, float *gw, int64_t parts) {
+#pragma omp parallel for schedule(static) if (n * heads * d > 4096)
+    for (int64_t p = 0; p < parts; p++) {
+        float *mine = gw + p * d;
+        for (int64_t i = cut(n, p, parts) * heads; i < cut(n, p + 1, parts) * heads; i++) {
+            int64_t at = i / heads * g_stride + i % heads * d;
+            const real *row = x + i / heads * x_stride + i % heads * d, *came = g + at;
+            real *to = gx + at;
+            float squares = 0, dot = 0;
+            for (int64_t j = 0; j < d; j++) squares += load(row[j]) * load(row[j]);
+            float scale = 1.0f / sqrtf(squares / (float)d + eps);
+            for (int64_t j = 0; j < d; j++) dot += kept(load(came[j]) * load(w[j])) * load(row[j]);
+            dot *= scale * scale * scale / (float)d;
+#pragma GCC ivdep
+            for (int64_t j = 0; j < d; j++) {
+                float value = load(row[j]), grad = load(came[j]);
+                mine[j] += grad * kept(value * scale);
+                float found = kept(kept(grad * load(w[j])) * scale - value * dot);
+                to[j] = store(more ? found + load(more[at + j]) : found);
+            }
+        }
+    }
+}
+
+/* gate_up [n, 2 f], g [n, f] the gradient of silu(gate) * up -> its gradient [n, 2 f], and the product again [n, f] */
+void silu_mul_back(int64_t n, int64_t f, const real *gate_up, const real *g, real *back, real *product) {
+#pragma omp parallel for schedule(static) if (n * f > 4096)
+    for (int64_t i = 0; i < n; i++) {
+        const real *gate = gate_up + i * 2 * f, *up = gate + f, *came = g + i * f;
+        real *to_gate = back + i * 2 * f, *to_up = to_gate + f, *out = product + i * f;
+#pragma GCC ivdep
+        for (int64_t j = 0; j < f; j++) {
+            float x = load(gate[j]), u = load(up[j]), c = load(came[j]);
+            float s = 1.0f / (1.0f + exponential(-x)), silu = kept(x * s);
+            out[j] = store(silu * u);
+            to_up[j] = store(c * silu);
+            to_gate[j] = store(kept(c * u) * (s * (1.0f + x * (1.0f - s))));
+        }
+    }
+}
+
+/* The gradient before the rotary embedding, in place of the one behind it: as `rope`. */
+void rope_back(int64_t n, int64_t heads, int64_t d, int64_t stride, real *g, const real *cos, const real *sin) {
+    int64_t half = d / 2;
+#pragma omp parallel for schedule(static) if (n * heads * d > 4096)
+    for (int64_t i = 0; i < n; i++) {
+        const real *c = cos + i * d, *s = sin + i * d;
+        for (int64_t h = 0; h < heads; h++) {
+            real *head = g + i * stride + h * d;
+            for (int64_t j = 0; j < half; j++) {
+                float a = load(head[j]), b = load(head[j + half]);
+                head[j] = store(kept(a * load(c[j])) + kept(b * load(s[j + half])));
+                head[j + half] = store(kept(b * load(c[j + half])) - kept(a * load(s[j])));
+            }
+        }
+    }
+}
+
+/* Heads of width d of the rows named by places [units, length] -> out [units, heads, length, d]; 0 where a place is -1 */
+void spread(int64_t units, int64_t length, int64_t heads, int64_t d, int64_t stride, const real *x,
+            const int64_t *places, real *out) {
+#pragma omp parallel for schedule(static) if (units * length * heads * d > 4096)
+    for (int64_t i = 0; i < units * heads; i++) {
+        const int64_t *place = places + i / heads * length;
+        for (int64_t t = 0; t < length; t++) {
+            real *to = out + (i * length + t) * d;
+            if (place[t] < 0)
+                memset(to, 0, (size_t)d * sizeof(real));
+            else
+                memcpy(to, x + place[t] * stride + i % heads * d, (size_t)d * sizeof(real));
+        }
+    }
+}
+
+/* The inverse, where no place is named twice. */
+void unspread(int64_t units, int64_t length, int64_t heads, int64_t d, int64_t stride, const real *x,
+              const int64_t *places, real *out) {
+#pragma omp parallel for schedule(static) if (units * length * heads * d > 4096)
+    for (int64_t i = 0; i < units * heads; i++) {
+        const int64_t *place = places + i / heads * length;
+        for (int64_t t = 0; t < length; t++)
+            if (place[t] >= 0)
+                memcpy(out + place[t] * stride + i % heads * d, x + (i * length + t) * d, (size_t)d * sizeof(real));
+    }
+}
+
+/* The sum over all that `spread` copied of a row: row i was copied to rows from[first[i]] .. from[first[i + 1] - 1] of x
+ * (of head 0; that of head h is h * step[.] rows further). */
+void collect(int64_t n, int64_t heads, int64_t d, int64_t stride, const real *x, const int64_t *first,
+             const int64_t *from, const int64_t *step, real *out) {
+#pragma omp parallel for schedule(static) if (n * heads * d > 4096)
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t h = 0; h < heads; h++) {
+            float sum[512] = {0};
+            real *to = out + i * stride + h * d;
+            for (int64_t c = first[i]; c < first[i + 1]; c++) {
+                const real *row = x + (from[c] + h * step[c]) * d;
+                for (int64_t j = 0; j < d; j++) sum[j] += load(row[j]);
+            }
+            for (int64_t j = 0; j < d; j++) to[j] = store(sum[j]);
+        }
+}
+
+/* scores [units, heads, queries, keys] (products) -> row = softmax of those that are seen [units, queries, keys] */
+static inline void softmax(int64_t keys, const real *scores, const uint8_t *seen, float scale, float *row) {
+    float top = -3e38f, total = 0;
+    for (int64_t j = 0; j < keys; j++) {
+        float s = seen[j] ? load(scores[j]) * scale : -3e38f;
+        row[j] = s;
+        top = s > top ? s : top;
+    }
+    for (int64_t j = 0; j < keys; j++) {
+        float e = row[j] < -1e38f ? 0.0f : exponential(row[j] - top);
+        row[j] = e;
+        total += e;
+    }
+    float over = 1.0f / total;
+    for (int64_t j = 0; j < keys; j++) row[j] *= over;
+}
+
+/* Scores become their softmax, and, where g is there, the gradient g of the softmax becomes that of the scores.
+ * Returns 1 where memory is short. */
+int masked_softmax(int64_t units, int64_t heads, int64_t queries, int64_t keys, real *scores, const uint8_t *seen,
+                   float scale, real *g) {
+    int failed = 0;
+#pragma omp parallel if (units * heads * queries * keys > 4096)
+    {
+        float *row = malloc((size_t)(keys + 1) * sizeof(float));
+        if (!row) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < units * heads * queries; i++) {
+            if (!row) continue;
+            real *mine = scores + i * keys;
+            softmax(keys, mine, seen + (i / (heads * queries) * queries + i % queries) * keys, scale, row);
+            for (int64_t j = 0; j < keys; j++) mine[j] = store(row[j]);
+            if (!g) continue;
+            real *back = g + i * keys;
+            float dot = 0;
+            for (int64_t j = 0; j < keys; j++) dot += row[j] * load(back[j]);
+            for (int64_t j = 0; j < keys; j++) back[j] = store(row[j] * (load(back[j]) - dot) * scale);
+        }
+        free(row);
+    }
+    return failed;
+}
+
+/* Logits of ids first .. first + width - 1, [n, width]: the largest so far, the sum of exponentials under it, and the
+ * target's logit, one of each per row. */
+void logits_seen(int64_t n, int64_t width, int64_t first, const real *logits, const int64_t *targets, float *top,
+                 float *total, float *picked) {
+#pragma omp parallel for schedule(static) if (n * width > 4096)
+    for (int64_t i = 0; i < n; i++) {
+        const real *row = logits + i * width;
+        float high = top[i], sum = 0;
+        for (int64_t j = 0; j < width; j++) high = load(row[j]) > high ? load(row[j]) : high;
+        for (int64_t j = 0; j < width; j++) sum += exponential(load(row[j]) - high);
+        total[i] = total[i] * exponential(top[i] - high) + sum;
+        top[i] = high;
+        if (targets[i] >= first && targets[i] < first + width) picked[i] = load(row[targets[i] - first]);
+    }
+}
+
+/* The same logits become the gradient of the target's log-prob times g. */
+void logits_back(int64_t n, int64_t width, int64_t first, real *logits, const int64_t *targets, const float *log_total,
+                 const float *g) {
+#pragma omp parallel for schedule(static) if (n * width > 4096)
+    for (int64_t i = 0; i < n; i++) {
+        real *row = logits + i * width;
+        int64_t at = targets[i] - first;
+        float picked = at >= 0 && at < width ? load(row[at]) : 0.0f;
+        float all = log_total[i], factor = g[i];
+        for (int64_t j = 0; j < width; j++) row[j] = store(-factor * exponential(load(row[j]) - all));
+        if (at >= 0 && at < width) row[at] = store(factor * (1.0f - exponential(picked - all)));
+    }
+}
+
+/* sum += g, or sum = g when it is the first */
+void add_gradient(int64_t n, const real *g, float *sum, int64_t is_first) {
+#pragma omp parallel for schedule(static) if (n > 4096)
+    for (int64_t i = 0; i < n; i++) sum[i] = (is_first ? 0.0f : sum[i]) + load(g[i]);
+}
+
+/* The float whose rounded upper half is a bfloat16 weight, from that and its own lower half; a float weight is itself. */
+static inline float joined(real weight, uint16_t low) {
+#ifdef BF16
+    uint32_t bits = ((uint32_t)weight - (low > 0x8000u)) << 16 | low;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+#else
+    return weight;
+#endif
+}
+
+/* One update by AdamW in float. g is multiplied by `factor`; `fix` is the root of the second moment's correction, `rate`
+ * the learning rate over the first one's, `decay` what is left of the weight. */
+void adamw(int64_t n, real *weight, uint16_t *low, const float *g, float *m, float *v, float factor, float beta1,
+           float beta2, float eps, float fix, float rate, float decay) {
+#pragma omp parallel for simd schedule(static) if (n > 4096)
+    for (int64_t i = 0; i < n; i++) {
+        float grad = g[i] * factor;
+        m[i] += (grad - m[i]) * (1.0f - beta1);
+        v[i] = v[i] * beta2 + grad * grad * (1.0f - beta2);
+        float value = joined(weight[i], low ? low[i] : 0) * decay - rate * m[i] / (sqrtf(v[i]) / fix + eps);
+#ifdef BF16
+        uint32_t bits;
+        memcpy(&bits, &value, 4);
+        bits |= (bits & 0xffffu) == 0x8000u; /* halfway, it would not show which way it was rounded */
+        memcpy(&value, &bits, 4);
+        low[i] = (uint16_t)bits;
+#endif
+        weight[i] = store(value);
+    }
+}
