@@ -76,8 +76,8 @@ def test_a_fused_model_computes_the_same(family: str, dtype: torch.dtype, monkey
     model = made(family, dtype)
     with torch.inference_mode():
         with fused.fused(model):
-            assert all("forward" in layer.__dict__ for layer in model.model.layers)
             ours = outputs(model)
+            assert all(are_fused(model))
         monkeypatch.setattr(ops, "usable", lambda like: False)
         plain = outputs(model)
     for one, other in zip(ours, plain, strict=True):
@@ -97,6 +97,10 @@ def test_a_step_does_not_depend_on_its_neighbours_to_the_bit():
     together = attended([Span(1, 0, 4, 1), Span(0, 0, 1, 1)], q, k, v)
     alone = [attended([Span(2, place, 1, 1)], *(x[:, :, place : place + 1] for x in (q, k, v))) for place in range(4)]
     assert torch.equal(together[:4], torch.cat(alone))
+
+
+def are_fused(model: Any) -> list[bool]:
+    return [getattr(layer.__dict__.get("forward"), "_fused", None) is not None for layer in model.model.layers]
 
 
 def layer_of(model: Any) -> Any:
@@ -135,14 +139,32 @@ def _another_part(model: Any) -> None:
 def test_a_layer_that_computes_something_else_keeps_its_forward(change: Callable[[Any], None]):
     model = made("llama", torch.bfloat16)
     change(model)
-    with fused.fused(model):
-        assert ["forward" in layer.__dict__ for layer in model.model.layers] == [False, True]
+    with torch.inference_mode(), fused.fused(model):
+        outputs(model)
+        assert are_fused(model) == [False, True]
 
 
 def test_gemma_keeps_its_forward():
     model = made("gemma2", torch.bfloat16, query_pre_attn_scalar=32)
     with fused.fused(model):
         assert not any("forward" in layer.__dict__ for layer in model.model.layers)
+
+
+@needs_kernels
+def test_a_first_short_context_is_not_kept_waiting():
+    model = made("llama", torch.float32)
+    ids = torch.arange(fused.SHORT + 1) % 100
+    with torch.inference_mode(), fused.fused(model):
+        slots = Slots(model.config, 2, next(model.parameters()))
+        for start, count, expected in [(0, 5, False), (5, 1, True)]:
+            plan = StepPlan(slots, [Span(0, start, count, 1)])
+            policy.hidden_states(model, ids[:count], plan.place_T, plan)
+            assert are_fused(model) == [expected] * 2
+    with torch.inference_mode(), fused.fused(model):
+        slots.reserve(len(ids))
+        plan = StepPlan(slots, [Span(1, 0, len(ids), 1)])
+        policy.hidden_states(model, ids, plan.place_T, plan)
+        assert all(are_fused(model))
 
 
 @needs_kernels

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,8 @@ from upturn.models import _attention, packed
 from upturn.models._attention import How
 from upturn.models.native import ops
 
+SHORT = 256
+"""Tokens of a first context that go through the plain layers."""
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -35,10 +38,9 @@ def fused(model: nn.Module) -> Iterator[None]:
     Joined weights go when the block ends; weights must not change within it. They take as much memory again.
     """
     _attention.use_plans(model)
-    known = {layer: how for layer in layers_of(model) if (how := _fusable(layer))}
-    layers: list[Any] = [*known]
+    layers: list[Any] = [layer for layer in layers_of(model) if is_common(layer) and _SEEN.get(layer, True)]
     for layer in layers:
-        layer.forward = _Fused(layer, known[layer])
+        layer.forward = _Maybe(layer)
     try:
         with packed.packed(model, besides=layers):
             yield
@@ -47,8 +49,28 @@ def fused(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
+class _Maybe:
+    """The forward of one layer: plain for a first short context, then fused if that was found to compute the same.
+
+    To try it and to join the weights takes longer than the first token, which somebody may be waiting for.
+    """
+
+    __slots__ = ("_fused", "_is_new", "_layer")
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer, self._is_new = layer, True
+        self._fused: _Fused | None = None
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        is_first, self._is_new = self._is_new, False
+        if self._fused is None and not (is_first and hidden_states.shape[1] <= SHORT):
+            how = _fusable(self._layer)
+            self._fused = _Fused(self._layer, how) if how else None
+        return (self._fused or partial(_plain, self._layer))(hidden_states, *args, **kwargs)
+
+
 class _Fused:
-    """The forward of one layer; its weights are joined at the first call."""
+    """A layer over joined weights, which it makes when it is first called."""
 
     __slots__ = ("_attention", "_how", "_layer", "_products")
 
@@ -109,8 +131,6 @@ def is_common(layer: nn.Module) -> bool:
 
 def _fusable(layer: nn.Module) -> How | None:
     """How a common layer attends, if it was found to compute the same."""
-    if not is_common(layer):
-        return None
     if layer not in _SEEN:
         _SEEN[layer] = _computes_the_same(layer)
     return _SEEN[layer]
@@ -124,7 +144,7 @@ def _computes_the_same(layer: nn.Module) -> How | None:
     x, around = probe(layer)
     how = asked_by(layer)
     try:
-        plain = layer(x, **around, upturn_plan=_Causal())
+        plain = _plain(layer, x, **around, upturn_plan=_Causal())
         other = _Fused(layer, how)(x, **around, upturn_plan=_Causal()) if how else None
     except (TypeError, RuntimeError, AttributeError, ValueError):  # a layer that is called in another way
         return None
@@ -137,10 +157,15 @@ def asked_by(layer: nn.Module) -> How | None:
     causal = _Causal()
     try:
         with torch.no_grad():
-            layer(x, **around, upturn_plan=causal)
+            _plain(layer, x, **around, upturn_plan=causal)
     except (TypeError, RuntimeError, AttributeError, ValueError):
         return None
     return causal.how
+
+
+def _plain(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """The layer's own forward, whatever stands before it at the moment."""
+    return type(layer).forward(layer, *args, **kwargs)
 
 
 def probe(layer: nn.Module) -> tuple[Tensor, dict[str, Any]]:
