@@ -23,7 +23,7 @@ FEW_QUERIES = 32
 """Up to so many new tokens of a slot two plain matrix products beat the fused kernel on a CPU at any number of keys
 (twice as fast at one token and 512 keys)."""
 MANY_PAIRS = 20_000
-"""Up to so many pairs of a query and a key, the new tokens of a slot attend one by one in C, more by matrix products."""
+"""Up to so many pairs of a query and a key, a slot's new tokens attend one by one in C, more by matrix products."""
 
 
 class Slots:

@@ -27,9 +27,9 @@ HERE = Path(__file__).parent
 SOURCES = ("kernels.c", "train.c", "tiles.c")
 HEADERS = ("real.h",)
 FLAGS = (
-    "-O3 -march=native -std=gnu11 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros "
-    "-fassociative-math -ffinite-math-only"
-).split()
+    *("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fno-signed-zeros", "-fassociative-math", "-ffinite-math-only"),
+)
 """Not -ffast-math: its linker flags would make the whole process flush denormal numbers to zero."""
 _KINDS = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float}
 WIDE = "-mprefer-vector-width=512"
