@@ -216,7 +216,7 @@ def test_the_output_layer_equals_the_plain_one(dtype: torch.dtype, monkeypatch: 
     monkeypatch.setattr(_output_layer, "IDS", 40)  # the last part is smaller
     inputs = [torch.randn(30, 16).to(dtype).requires_grad_(), torch.randn(100, 16).to(dtype).requires_grad_()]
     targets, g = torch.randint(100, (30,)), torch.randn(30)
-    found = _output_layer.logprobs(*inputs, targets)
+    found = _output_layer.logprobs(inputs[0], inputs[1], targets)
     expected = numerics.token_logprobs(inputs[0], targets, lambda hidden: hidden @ inputs[1].t())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(*(torch.autograd.grad(y, inputs, g) for y in (found, expected)), strict=True):
