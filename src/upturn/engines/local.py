@@ -37,6 +37,8 @@ from upturn.types import Attempt, Draft, FinishReason, Kind, Prompt
 
 PREFILL_TOKENS = 4096
 """Most context tokens computed in one forward pass."""
+TEMPLATE_TOKENS = 16
+"""Least common beginning of all contexts that is worth a forward pass of its own."""
 
 
 @dataclass(order=True, slots=True)
@@ -175,7 +177,7 @@ class Local:
         waiting: list[_Request] = []
         free = [row for row, slot in enumerate(self._slots) if slot.request is None]
         if not any(slot.ids for slot in self._slots):
-            free = free[:1]  # the first alone: all others take the template from it
+            self._compute_template()
         while self._queue and free and budget > 0:
             request = heapq.heappop(self._queue)
             if len(request.context) >= self.longest:
@@ -221,11 +223,7 @@ class Local:
             new = [*_behind(request, start), *guess]
             spans.append(Span(row, start, len(new), 1 + len(guess)))
             fed += new
-        self._cache.reserve(max(span.start + span.count for span in spans))
-        plan = StepPlan(self._cache, spans)
-        hidden_T = policy.hidden_states(self.model, torch.tensor(fed, device=self.device), plan.place_T, plan)
-        self.num_forwards += 1
-        self.num_tokens_computed += len(fed)
+        plan, hidden_T = self._forward(fed, spans)
         logits = policy.head(self.model, hidden_T[plan.asked_N])
         numbers = [r.uniforms[len(r.token_ids) :][: s.asked] for r, s in zip(running, spans, strict=True)]
         uniform_N = torch.tensor(np.concatenate(numbers), dtype=torch.float32, device=self.device)
@@ -233,6 +231,22 @@ class Local:
         sampled = iter(zip(chosen.tolist(), logprobs.tolist(), strict=True))
         for row, guess in zip(rows, guesses, strict=True):
             self._take(row, guess, list(islice(sampled, 1 + len(guess))))
+
+    def _forward(self, fed: list[int], spans: list[Span]) -> tuple[StepPlan, torch.Tensor]:
+        """Last hidden states of new tokens, whose keys and values go into the cache."""
+        self._cache.reserve(max(span.start + span.count for span in spans))
+        plan = StepPlan(self._cache, spans)
+        hidden_T = policy.hidden_states(self.model, torch.tensor(fed, device=self.device), plan.place_T, plan)
+        self.num_forwards += 1
+        self.num_tokens_computed += len(fed)
+        return plan, hidden_T
+
+    def _compute_template(self) -> None:
+        """What the first contexts of a run have in common, once: all slots will take it from the first one."""
+        contexts = sorted(request.context[:-1] for request in self._queue)
+        if len(contexts) > 1 and (size := _shared([*contexts[0]], [*contexts[-1]])) >= TEMPLATE_TOKENS:
+            self._slots[0].ids = [*contexts[0][:size]]
+            self._forward(self._slots[0].ids, [Span(0, 0, size, 1)])
 
     def _room(self, request: _Request) -> int:
         """How many tokens a running draft may still get."""

@@ -20,7 +20,7 @@ from upturn.models._tree_attention import Copies, Group, copies
 from upturn.trees import Span, TokenTree
 
 UNIT_TOKENS = 192
-"""Subtrees up to this size are one unit; larger ones are cut into pieces of their node and their children's subtrees."""
+"""Subtrees up to this size are one unit; larger ones are cut: pieces of their node, and their children's subtrees."""
 PADDING_ALLOWED = 1.4
 """A group of units is closed when its padded area exceeds its real area by this factor."""
 

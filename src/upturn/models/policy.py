@@ -52,6 +52,7 @@ def tree_logprobs(model: nn.Module, tree: TokenTree, *, flex: bool | None = None
 def _tree_states(model: nn.Module, tree: TokenTree, *, flex: bool | None = None) -> Tensor:
     """Last hidden states of every token of a tree, `[T, d]`."""
     plan = TreePlan(tree, flex=flex)
+    use_plans(model)  # before the layers are tried
     with fused_training(model, plan):
         return hidden_states(model, tree.ids_T, tree.positions_T, plan)
 

@@ -1,7 +1,7 @@
-"""The kernels of train.c as functions of tensors: what a training step needs besides `ops` and matrix products.
+"""The kernels of train.c and tiles.c as functions of tensors: what a training step needs besides those of `ops`.
 
-Axes: `T` tokens, `d` width of the model, `H` heads, `D` width of a head, `B` units of a group, `Q` and `K` their queries
-and keys, `N` targets.
+Axes: `T` tokens, `d` width of the model, `H` heads, `D` width of a head, `B` units of a group, `Q` and `K` their
+queries and keys, `N` targets.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def unspread(x: Tensor, places: Tensor, out: Tensor) -> None:
 def collect(x: Tensor, origin: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
     """Into each row of `out [T, H, D]` the fp32 sum of its copies in `x [rows, D]`.
 
-    `origin`: where the copies of a row begin in the list `[T + 1]`; the copies' rows for head 0, and rows between heads.
+    `origin`: where the copies of a row begin in the list `[T + 1]`; their rows for head 0, and the rows between heads.
     """
     size, heads, width = out.shape
     first, rows, steps = (part.data_ptr() for part in origin)
@@ -90,7 +90,7 @@ def collect(x: Tensor, origin: tuple[Tensor, Tensor, Tensor], out: Tensor) -> No
 
 
 def softmax_(scores: Tensor, seen: Tensor, scale: float, g: Tensor | None = None) -> None:
-    """Scores `[B, H, Q, K]` become their softmax over what is `seen [B, Q, K]`; `g`, its gradient, that of the scores."""
+    """Scores `[B, H, Q, K]` become their softmax over the `seen [B, Q, K]`; `g`, its gradient, that of the scores."""
     back = None if g is None else g.data_ptr()
     args = (scores.data_ptr(), seen.data_ptr(), scale, back)
     if _library(scores.dtype).masked_softmax(*scores.shape, *args):
@@ -98,7 +98,7 @@ def softmax_(scores: Tensor, seen: Tensor, scale: float, g: Tensor | None = None
 
 
 def logits_seen(logits: Tensor, first: int, targets: Tensor, sums: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Take in the logits `[N, width]` of ids from `first` on: largest, sum of exponentials, the target's; `[N]` fp32."""
+    """Take in logits `[N, width]` of ids from `first` on: largest, sum of exponentials, the target's; `[N]` fp32."""
     args = (part.data_ptr() for part in (logits, targets, *sums))
     _library(logits.dtype).logits_seen(*logits.shape, first, *args)
 
@@ -126,9 +126,10 @@ def add_gradient(g: Tensor, total: Tensor, *, is_first: bool) -> None:
 
 
 def adamw(weight: Tensor, low: Tensor | None, state: tuple[Tensor, Tensor, Tensor], numbers: tuple[float, ...]) -> None:
-    """One update by gradient and both moments; `low [.]` int16 is the lower half of the fp32 value behind a bf16 weight.
+    """One update by the gradient and both moments.
 
-    `numbers`: see train.c.
+    low       int16, the lower half of the fp32 value behind a bf16 weight
+    numbers   see train.c
     """
     more = None if low is None else low.data_ptr()
     args = (part.data_ptr() for part in state)

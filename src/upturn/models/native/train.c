@@ -3,6 +3,7 @@
  * Work is cut into parts that do not depend on the number of threads, and parts are added in their order, so results
  * repeat to the bit.
  */
+#define _GNU_SOURCE /* memrchr */
 #include "real.h"
 
 /* First row of part p of n rows in `parts` parts. */
@@ -114,7 +115,7 @@ void collect(int64_t n, int64_t heads, int64_t d, int64_t stride, const real *x,
         }
 }
 
-/* scores [units, heads, queries, keys] (products) -> row = softmax of those that are seen [units, queries, keys] */
+/* scores [keys] (products) -> row = softmax of those that are seen; some are. */
 static inline void softmax(int64_t keys, const real *scores, const uint8_t *seen, float scale, float *row) {
     float top = -3e38f, total = 0;
     for (int64_t j = 0; j < keys; j++) {
@@ -131,7 +132,7 @@ static inline void softmax(int64_t keys, const real *scores, const uint8_t *seen
     for (int64_t j = 0; j < keys; j++) row[j] *= over;
 }
 
-/* Scores become their softmax, and, where g is there, the gradient g of the softmax becomes that of the scores.
+/* Scores [units, heads, queries, keys] become their softmax over what is seen [units, queries, keys], and, where g is there, the gradient g of the softmax becomes that of the scores.
  * Returns 1 where memory is short. */
 int masked_softmax(int64_t units, int64_t heads, int64_t queries, int64_t keys, real *scores, const uint8_t *seen,
                    float scale, real *g) {
@@ -147,13 +148,18 @@ int masked_softmax(int64_t units, int64_t heads, int64_t queries, int64_t keys, 
         for (int64_t i = 0; i < units * heads * queries; i++) {
             if (!row) continue;
             real *mine = scores + i * keys;
-            softmax(keys, mine, seen + (i / (heads * queries) * queries + i % queries) * keys, scale, row);
-            for (int64_t j = 0; j < keys; j++) mine[j] = store(row[j]);
+            const uint8_t *visible = seen + (i / (heads * queries) * queries + i % queries) * keys;
+            const uint8_t *final = memrchr(visible, 1, (size_t)keys); /* what follows is hidden: half of a causal mask */
+            int64_t most = final ? final - visible + 1 : 1;
+            softmax(most, mine, visible, scale, row);
+            for (int64_t j = 0; j < most; j++) mine[j] = store(row[j]);
+            memset(mine + most, 0, (size_t)(keys - most) * sizeof(real));
             if (!g) continue;
             real *back = g + i * keys;
             float dot = 0;
-            for (int64_t j = 0; j < keys; j++) dot += row[j] * load(back[j]);
-            for (int64_t j = 0; j < keys; j++) back[j] = store(row[j] * (load(back[j]) - dot) * scale);
+            for (int64_t j = 0; j < most; j++) dot += row[j] * load(back[j]);
+            for (int64_t j = 0; j < most; j++) back[j] = store(row[j] * (load(back[j]) - dot) * scale);
+            memset(back + most, 0, (size_t)(keys - most) * sizeof(real));
         }
         free(row);
     }

@@ -1,0 +1,237 @@
+"""Layers that learn fused: the plain values and gradients, the same each time, and a model left as it was."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from upturn import numerics, trees
+from upturn.models import _output_layer, fused, fused_training, policy
+from upturn.models._tree_attention import Heads, attend, attend_back
+from upturn.models._tree_plan import TreePlan
+from upturn.models.native import back, ops
+from upturn.types import Sample
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+COMMON: dict[str, Any] = {
+    "llama": LlamaConfig,
+    "mistral": partial(MistralConfig, sliding_window=4),
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+TYPES = list(CLOSE)
+native = pytest.mark.skipif(not ops.usable(torch.zeros(1)), reason="no kernels on this machine")
+pytestmark = native
+
+
+def tiny(config: Any, dtype: torch.dtype, **more: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(**SHAPE, **more)).to(dtype).eval()
+    policy.use_plans(model)
+    for name, bias in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(bias, std=0.3)
+    return model
+
+
+def forest() -> trees.TokenTree:
+    rng = random.Random(0)
+    stem = tuple(rng.choices(range(3, 96), k=20))
+    branches = [tuple(rng.choices(range(3, 96), k=9)) for _ in range(4)]
+    rows = [Sample(stem, branch) for branch in branches]
+    return trees.build([*rows, *(Sample(stem + branches[0] + (5,), branch) for branch in branches)])
+
+
+def learnt(model: nn.Module, tree: trees.TokenTree) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    logprobs = policy.tree_logprobs(model, tree)
+    (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
+    return logprobs.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_training, "_fusable", lambda layer: None)
+    monkeypatch.setattr(_output_layer, "usable", lambda *args: False)
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, what: str = "") -> None:
+    assert (found.double() - expected.double()).abs().max() <= CLOSE[dtype] * expected.abs().max(), what
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("family", COMMON)
+@pytest.mark.parametrize("tied", [False, True])
+def test_fused_layers_learn_as_plain_ones_do(
+    family: str, dtype: torch.dtype, tied: bool, monkeypatch: pytest.MonkeyPatch
+):
+    model, tree = tiny(COMMON[family], dtype, tie_word_embeddings=tied), forest()
+    assert all(map(fused_training._fusable, fused.layers_of(model)))
+    logprobs, grads = learnt(model, tree)
+    plain(monkeypatch)
+    expected, plain_grads = learnt(model, tree)
+    assert_near(logprobs, expected, dtype)
+    assert set(grads) == set(plain_grads) == {name for name, _ in model.named_parameters()}
+    for name, grad in plain_grads.items():
+        assert_near(grads[name], grad, dtype, name)
+
+
+def test_a_model_without_plans_yet_is_fused_at_once():
+    model = tiny(LlamaConfig, torch.float32)
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    policy.tree_logprobs(model, forest())
+    assert all(map(fused_training._fusable, fused.layers_of(model)))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_without_gradients_the_bits_are_those_of_training(dtype: torch.dtype):
+    model, tree = tiny(LlamaConfig, dtype), forest()
+    with torch.no_grad():
+        still = policy.tree_logprobs(model, tree)
+    assert torch.equal(still, policy.tree_logprobs(model, tree).detach())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_gradients_repeat_to_the_bit_on_any_number_of_threads(dtype: torch.dtype):
+    model, tree, before = tiny(LlamaConfig, dtype), forest(), torch.get_num_threads()
+    first = learnt(model, tree)[1]
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            again = learnt(model, tree)[1]
+            assert all(torch.equal(again[name], grad) for name, grad in first.items())
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_frozen_weights_get_no_gradient():
+    model, tree = tiny(Qwen2Config, torch.float32), forest()
+    everything = learnt(model, tree)[1]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("o_proj" in name or "v_proj" in name)
+    some = learnt(model, tree)[1]
+    assert some and all("o_proj" in name or "v_proj" in name for name in some)
+    assert all(torch.equal(grad, everything[name]) for name, grad in some.items())
+
+
+def test_other_layers_keep_their_own_forward():
+    gemma = tiny(lambda **shape: Gemma2Config(**shape, query_pre_attn_scalar=16), torch.float32)
+    assert not any(map(fused_training._fusable, fused.layers_of(gemma)))
+    assert not _output_layer.usable(gemma, torch.zeros(1))
+    adapted, hooked = (tiny(LlamaConfig, torch.float32) for _ in range(2))
+    for layer in fused.layers_of(adapted):
+        layer.self_attn.q_proj = nn.Sequential(layer.self_attn.q_proj)  # type: ignore[union-attr]
+    for layer in fused.layers_of(hooked):
+        layer.mlp.register_forward_hook(lambda *args: None)  # type: ignore[union-attr,operator]
+    for model in (adapted, hooked, tiny(LlamaConfig, torch.float64)):
+        assert not any(map(fused_training._fusable, fused.layers_of(model)))
+        assert torch.isfinite(learnt(model, forest())[0]).all()
+
+
+def test_the_model_is_left_as_it_was_also_after_a_fault(monkeypatch: pytest.MonkeyPatch):
+    model, tree = tiny(LlamaConfig, torch.float32), forest()
+    learnt(model, tree)
+    assert not any("forward" in part.__dict__ for part in model.modules())
+    monkeypatch.setattr(fused_training, "attend", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        policy.tree_logprobs(model, tree)
+    assert not any("forward" in part.__dict__ for part in model.modules())
+
+
+def test_without_kernels_everything_is_as_ever():
+    program = "import torch; from upturn.models.native import ops\nassert not ops.usable(torch.zeros(1))\n"
+    program += "from test_fused_training import *\nmodel = tiny(LlamaConfig, torch.bfloat16)\n"
+    program += "assert not any(map(fused_training._fusable, fused.layers_of(model)))\n"
+    program += "assert torch.isfinite(learnt(model, forest())[0]).all()"
+    here = os.environ | {"UPTURN_NATIVE": "0", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    assert subprocess.run([sys.executable, "-c", program], env=here).returncode == 0
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_norm_has_the_gradient_of_autograd(dtype: torch.dtype):
+    torch.manual_seed(0)
+    x, weight, g, more = (torch.randn(*size).to(dtype) for size in ((50, 3, 20), (20,), (50, 3, 20), (50, 3, 20)))
+    inputs = [part.double().requires_grad_() for part in (x, weight)]
+    y = inputs[0] * (inputs[0].square().mean(-1, keepdim=True) + 1e-3).rsqrt() * inputs[1]
+    g_x, g_weight = torch.autograd.grad(y, inputs, g.double())
+    found = torch.empty_like(g)
+    assert_near(back.norm_back(x, weight, 1e-3, g, found, more), g_weight, dtype)
+    assert_near(found, g_x + more, dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_gate_and_rotation_have_the_gradients_of_autograd(dtype: torch.dtype):
+    torch.manual_seed(0)
+    gate_up, g, heads, g_heads = (torch.randn(*s).to(dtype) for s in ((30, 40), (30, 20), (30, 2, 8), (30, 2, 8)))
+    wide = gate_up.double().requires_grad_()
+    product = nn.functional.silu(wide[:, :20]) * wide[:, 20:]
+    found, again = back.silu_mul_back(gate_up, g)
+    assert_near(found, torch.autograd.grad(product, wide, g.double())[0], dtype)
+    assert_near(again, product.detach(), dtype)
+    angle = torch.rand(30, 4).repeat(1, 2) * 6
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    x = heads.double().requires_grad_()
+    turned = x * cos[:, None] + torch.cat((-x[..., 4:], x[..., :4]), -1) * sin[:, None]
+    expected = torch.autograd.grad(turned, x, g_heads.double())[0]
+    back.rope_back_(g_heads, cos, sin)
+    assert_near(g_heads, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("window", [None, 7])
+def test_attention_has_the_gradient_of_autograd(dtype: torch.dtype, window: int | None):
+    torch.manual_seed(0)
+    tree = forest()
+    size, plan = len(tree.ids_T), TreePlan(tree, flex=False)
+    qkv, g = torch.randn(size, 4 + 2 * 2, 8).to(dtype), torch.randn(size, 4, 8).to(dtype)
+    wide = qkv.double().requires_grad_()
+    q, k, v = wide.transpose(0, 1).split((4, 2, 2))
+    places, depth = torch.arange(size), tree.positions_T
+    seen = (places <= places[:, None]) & (places[:, None] < tree.ends_T)
+    seen &= depth[:, None] - depth < (window or size)
+    k, v = (part.repeat_interleave(2, 0) for part in (k, v))
+    expected = ((q @ k.mT * 0.3).masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+    heads = Heads(qkv, 2)
+    assert_near(attend(heads, plan.groups(window), 0.3), expected.detach(), dtype)
+    found = attend_back(heads, g, plan.groups(window), plan.copies(2), 0.3)
+    assert_near(found.all, torch.autograd.grad(expected, wide, g.double())[0], dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_output_layer_equals_the_plain_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(_output_layer, "IDS", 40)  # the last part is smaller
+    inputs = [torch.randn(30, 16).to(dtype).requires_grad_(), torch.randn(100, 16).to(dtype).requires_grad_()]
+    targets, g = torch.randint(100, (30,)), torch.randn(30)
+    found = _output_layer.logprobs(inputs[0], inputs[1], targets)
+    expected = numerics.token_logprobs(inputs[0], targets, lambda hidden: hidden @ inputs[1].t())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(*(torch.autograd.grad(y, inputs, g) for y in (found, expected)), strict=True):
+        assert_near(mine, theirs, dtype)
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 200])
+@pytest.mark.parametrize("rows", [40, 64])
+def test_weight_gradients_on_tiles_are_products(size: int, rows: int):
+    torch.manual_seed(0)
+    g, x = torch.randn(size, rows + 32).bfloat16()[:, 32:], torch.randn(size, 96).bfloat16()
+    assert_near(back.weight_gradient(g, x), g.double().t() @ x.double(), torch.bfloat16)

@@ -1,0 +1,92 @@
+"""AdamW over fp32 masters: the arithmetic of torch, masters in halves without loss, gradients summed in parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from upturn.models.native import ops
+from upturn.training import _masters, plan
+from upturn.training.optimizer import MasterAdamW
+
+CFG = plan.Config(weight_decay=0.1, max_grad_norm=0.5)
+
+
+def net(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(70, 80), nn.Linear(80, 3, bias=False)).to(dtype)
+
+
+def take_steps(model: nn.Module, optimizer: MasterAdamW, count: int = 4, first: int = 0) -> list[float]:
+    """Steps of two micro-batches and a weight of 3; the second layer is left out of the second step."""
+    norms = []
+    for step in range(first, first + count):
+        for batch in range(2):
+            x = torch.randn(5, 70, generator=torch.Generator().manual_seed(10 * step + batch))
+            part = model[:1] if step == 1 else model  # type: ignore[index]
+            optimizer.backward(part(x.to(next(model.parameters()).dtype)).float().square().sum())
+        norms.append(float(optimizer.step(3.0, 1e-2)))
+    return norms
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_updates_are_those_of_torch(native: bool, monkeypatch: pytest.MonkeyPatch):
+    if not native:
+        monkeypatch.setattr(_masters.ops, "usable", lambda like: False)
+    ours, theirs = net(torch.float32), net(torch.float32)
+    optimizer = MasterAdamW(ours, CFG)
+    adam = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.1)
+    for step, norm in enumerate(take_steps(ours, optimizer)):
+        for parameter in theirs.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for batch in range(2):
+            x = torch.randn(5, 70, generator=torch.Generator().manual_seed(10 * step + batch))
+            ((theirs[:1] if step == 1 else theirs)(x).square().sum() / 3).backward()  # type: ignore[index,operator]
+        assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)), rel=1e-4)
+        adam.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_and_torch_update_alike_and_read_each_others_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    mine, other = net(torch.bfloat16), net(torch.bfloat16)
+    ours = MasterAdamW(mine, CFG)
+    take_steps(mine, ours)
+    ours.save(tmp_path / "state.safetensors")
+    monkeypatch.setattr(_masters.ops, "usable", lambda like: False)
+    theirs = MasterAdamW(other, CFG)
+    theirs.load(tmp_path / "state.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(a.value(), b.value()) for a, b in zip(ours.masters, theirs.masters, strict=True))
+    take_steps(mine, ours, 2, first=4)
+    take_steps(other, theirs, 2, first=4)
+    for a, b in zip(ours.masters, theirs.masters, strict=True):
+        torch.testing.assert_close(a.value(), b.value(), rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not ops.usable(torch.zeros(1, dtype=torch.bfloat16)), reason="no kernels on this machine")
+def test_halves_keep_a_value_to_the_bit():
+    bits = torch.randint(-(2**31), 2**31, (100_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    values = bits.view(torch.float32)
+    values = values[values.isfinite() & values.bfloat16().isfinite()]
+    halfway = values.view(torch.int32) & 0xFFFF == 0x8000
+    master = _masters.master_of(torch.zeros(len(values), dtype=torch.bfloat16))
+    assert master.rest is not None and master.rest.element_size() == 2
+    master.set(values)
+    assert torch.equal(master.value()[~halfway], values[~halfway])
+    master.set(torch.tensor(1 + 2**-8).expand(len(values)).contiguous())  # halfway between two bf16 numbers
+    assert master.value().sub(1 + 2**-8).abs().max() <= 2**-23
+    assert torch.equal(master.weight, master.value().bfloat16())
+
+
+def test_small_updates_are_not_lost():
+    model = nn.Linear(8, 8, bias=False).to(torch.bfloat16)
+    nn.init.ones_(model.weight)
+    optimizer = MasterAdamW(model, plan.Config())
+    for _ in range(50):
+        optimizer.backward(model(torch.ones(1, 8, dtype=torch.bfloat16)).sum())
+        optimizer.step(1.0, 1e-4)  # a fortieth of what bf16 can tell from 1
+    torch.testing.assert_close(model.weight.float(), torch.full((8, 8), 1 - 50e-4), rtol=0, atol=2**-8)
