@@ -50,7 +50,7 @@ class Child:
             stderr=self._errors,
             text=True,
             # Threads of an arm that waits must not take the cores from the one that works.
-            env=os.environ | {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "30000")},
+            env=os.environ | {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "300000")},
         )
 
     def __enter__(self) -> Child:

@@ -290,8 +290,9 @@ def version(show: Annotated[bool, typer.Option("--version", help="Show the versi
 
 def main() -> None:
     """Entry point of the console script."""
-    # Threads of OpenMP that spin for ever starve every neighbour; threads that sleep at once halve small steps.
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+    # Threads of OpenMP that spin for ever starve every neighbour; threads that sleep too soon wait to be woken in every
+    # small step. A millisecond; less where the machine is shared (the Makefile's tests: a tenth).
+    os.environ.setdefault("GOMP_SPINCOUNT", "300000")
     # Imports make a million objects that live to the end: look through them seldom, and not once more when leaving.
     gc.set_threshold(100_000, 20, 20)
     atexit.register(gc.freeze)
