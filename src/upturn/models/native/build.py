@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from upturn.models.load import cache_dir
+from upturn.tracking import progress
 
 HERE = Path(__file__).parent
 SOURCES = {"kernels.c": (), "train.c": ("-fassociative-math",), "tiles.c": ()}
@@ -45,7 +46,8 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_built(compiler, openmp, TYPES[dtype])))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError) as error:
+        progress.say(f"the kernels could not be compiled, so torch does their work, slower: {_reason(error)}")
         return None
 
 
@@ -73,13 +75,23 @@ def _built(compiler: str, openmp: str, defines: tuple[str, ...]) -> Path:
     target = cache_dir() / "native" / f"{hashlib.sha256('|'.join(facts).encode()).hexdigest()[:16]}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        with (
+            progress.note("compiling kernels for this processor, once"),
+            tempfile.TemporaryDirectory(
+                dir=target.parent
+            ) as scratch,  # beside the result: one move puts it there
+        ):
             made, out = [str(Path(scratch) / f"{name}.o") for name in SOURCES], Path(scratch) / target.name
             for (source, own), part in zip(SOURCES.items(), made, strict=True):
                 _call(compiler, *flags, *own, "-c", str(HERE / source), "-o", part)
             _call(compiler, "-shared", *made, openmp, "-lm", "-o", str(out))
             os.replace(out, target)
     return target
+
+
+def _reason(error: Exception) -> str:
+    said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
+    return said[0] if said else str(error)
 
 
 def _call(*command: str) -> None:
