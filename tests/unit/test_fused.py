@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from upturn.engines import local, sampling
 from upturn.engines._slots import Slots, Span, StepPlan
@@ -44,7 +52,7 @@ needs_kernels = pytest.mark.skipif(not ops.usable(torch.zeros(1)), reason="no C 
 
 def made(family: str, dtype: torch.dtype, **more: Any) -> Any:
     torch.manual_seed(0)
-    config = (FAMILIES | {"gemma2": Gemma2Config})[family](**SHAPE | more)
+    config = (FAMILIES | {"gemma2": Gemma2Config, "smollm3": SmolLM3Config})[family](**SHAPE | more)
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     for name, weight in model.named_parameters():
         if "norm" in name or "bias" in name:
@@ -142,6 +150,42 @@ def test_a_layer_that_computes_something_else_keeps_its_forward(change: Callable
     with torch.inference_mode(), fused.fused(model):
         outputs(model)
         assert are_fused(model) == [False, True]
+
+
+@needs_kernels
+def test_layers_without_rotary_embedding_are_told_apart():
+    model = made("smollm3", torch.bfloat16, no_rope_layers=[1, 0], initializer_range=0.02)
+    with torch.inference_mode(), fused.fused(model):
+        outputs(model)
+        assert are_fused(model) == [True, False]
+
+
+@needs_kernels
+def test_only_calls_of_the_kind_that_was_tried_are_fused():
+    layer = layer_of(made("llama", torch.bfloat16))
+    x, whole, half = (
+        torch.zeros(1, 3, 96).bfloat16(),
+        torch.zeros(1, 3, 32).bfloat16(),
+        torch.zeros(1, 3, 16).bfloat16(),
+    )
+    assert fused.is_usual(layer, x, {"position_embeddings": (whole, whole)})
+    for around in ((half, half), (whole.float(), whole.float()), (whole[0], whole[0]), whole, None):
+        assert not fused.is_usual(layer, x, {"position_embeddings": around})
+    assert not fused.is_usual(layer, x.repeat(2, 1, 1), {"position_embeddings": (whole, whole)})
+
+
+@needs_kernels
+def test_values_that_lie_unlike_keys_are_stored_right():
+    model = made("llama", torch.float32)
+    joined = torch.randn(1, 4, 10, 32)  # six queries, two keys and two values a token
+    q, k = joined[:, :, :6].transpose(1, 2), joined[:, :, 6:8].clone().transpose(1, 2)
+    v, how = joined[:, :, 8:].transpose(1, 2), fused.How(0.2, None, None)
+    found = []
+    for values in (v, v.transpose(1, 2).clone().transpose(1, 2)):
+        slots = Slots(model.config, 1, next(model.parameters()))
+        found.append(StepPlan(slots, [Span(0, 0, 4, 1)]).attend(0, q, k, values, how))
+        assert torch.equal(slots.values[0, 0, :, :4], v[0])
+    torch.testing.assert_close(*found)
 
 
 def test_gemma_keeps_its_forward():

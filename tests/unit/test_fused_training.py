@@ -123,6 +123,15 @@ def test_gradients_repeat_to_the_bit_on_any_number_of_threads(dtype: torch.dtype
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", ["model.norm", "model.layers.0.input_layernorm", "model.layers.1.mlp.down_proj"])
+def test_a_weight_that_is_no_number_shows_in_the_loss(name: str, dtype: torch.dtype):
+    model = tiny(LlamaConfig, dtype)
+    with torch.no_grad():
+        model.get_submodule(name).weight.view(-1)[0] = float("nan")  # type: ignore[union-attr,operator]
+    assert torch.isnan(policy.tree_logprobs(model, forest())).any()
+
+
 def test_frozen_weights_get_no_gradient():
     model, tree = tiny(Qwen2Config, torch.float32), forest()
     everything = learnt(model, tree)[1]

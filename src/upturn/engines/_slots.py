@@ -104,7 +104,7 @@ class StepPlan:
         keys, values = self.slots.keys[layer], self.slots.values[layer]
         q_T, k_T, v_T = (part[0].transpose(0, 1) for part in (q, k, v))  # [T, H, D]
         out_T = torch.empty(q_T.shape, dtype=q.dtype, device=q.device)
-        if self.slots.native and not how.softcap and all(_heads_side_by_side(part) for part in (q_T, k_T, v_T)):
+        if self.slots.native and not how.softcap and _as_kernels_read(q_T, k_T, v_T, keys):
             ops.keep(k_T, v_T, self.row_T, self.place_T, keys, values)
             short, parts = self._split
             cache, limits = (keys, values), (how.scaling, how.window or 0)
@@ -209,6 +209,10 @@ class _Part:
         return self._masks[window]
 
 
-def _heads_side_by_side(x_T: Tensor) -> bool:
-    """Whether the heads of a token `[T, H, D]` lie one behind the other."""
-    return x_T.stride(2) == 1 and x_T.stride(1) == x_T.shape[2]
+def _as_kernels_read(q_T: Tensor, k_T: Tensor, v_T: Tensor, keys: Tensor) -> bool:
+    """Whether heads `[T, H, D]` have the cache's type and width, lie one behind the other, and values like keys."""
+    width = keys.shape[3]
+    alike = k_T.shape == v_T.shape and k_T.stride() == v_T.stride()
+    return alike and all(
+        x.dtype == keys.dtype and x.shape[2] == width and x.stride(2) == 1 and x.stride(1) == width for x in (q_T, k_T)
+    )

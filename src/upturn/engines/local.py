@@ -39,6 +39,8 @@ PREFILL_TOKENS = 4096
 """Most context tokens computed in one forward pass."""
 TEMPLATE_TOKENS = 16
 """Least common beginning of all contexts that is worth a forward pass of its own."""
+BELOW_ONE = 1 - 2**-24
+"""The greatest uniform number that single precision does not round to 1."""
 
 
 @dataclass(order=True, slots=True)
@@ -226,7 +228,7 @@ class Local:
         plan, hidden_T = self._forward(fed, spans)
         logits = policy.head(self.model, hidden_T[plan.asked_N])
         numbers = [r.uniforms[len(r.token_ids) :][: s.asked] for r, s in zip(running, spans, strict=True)]
-        uniform_N = torch.tensor(np.concatenate(numbers), dtype=torch.float32, device=self.device)
+        uniform_N = torch.tensor(np.concatenate(numbers).clip(max=BELOW_ONE), dtype=torch.float32, device=self.device)
         chosen, logprobs = sampling.choose(logits, uniform_N, self.cfg.temperature, self.cfg.top_p)
         sampled = iter(zip(chosen.tolist(), logprobs.tolist(), strict=True))
         for row, guess in zip(rows, guesses, strict=True):
@@ -243,7 +245,7 @@ class Local:
 
     def _compute_template(self) -> None:
         """What the first contexts of a run have in common, once: all slots will take it from the first one."""
-        contexts = sorted(request.context[:-1] for request in self._queue)
+        contexts = sorted(request.context[:-1] for request in self._queue if len(request.context) < self.longest)
         if len(contexts) > 1 and (size := _shared([*contexts[0]], [*contexts[-1]])) >= TEMPLATE_TOKENS:
             self._slots[0].ids = [*contexts[0][:size]]
             self._forward(self._slots[0].ids, [Span(0, 0, size, 1)])

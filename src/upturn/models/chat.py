@@ -84,11 +84,11 @@ class Chat:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
 
     def _ask(self, question: str) -> tuple[int, ...]:
-        if question not in self._asked:
+        if (ids := self._asked.get(question)) is None:
             if len(self._asked) >= REMEMBERED:
                 self._asked.clear()
-            self._asked[question] = self._render([{"role": "user", "content": question}])
-        return self._asked[question]
+            self._asked[question] = ids = self._render([{"role": "user", "content": question}])
+        return ids
 
     def _render(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
         return tuple(self.tokenizer(_text(self.tokenizer, messages), add_special_tokens=False)["input_ids"])

@@ -8,10 +8,10 @@ keeps its own forward: each one is asked once whether it computes the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +21,7 @@ from upturn.models import _attention, packed
 from upturn.models._attention import How
 from upturn.models.native import ops
 
+Result = TypeVar("Result")
 SHORT = 256
 """Tokens of a first context that go through the plain layers."""
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -63,10 +64,12 @@ class _Maybe:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         is_first, self._is_new = self._is_new, False
+        if not is_usual(self._layer, hidden_states, kwargs):
+            return plain(self._layer, hidden_states, *args, **kwargs)
         if self._fused is None and not (is_first and hidden_states.shape[1] <= SHORT):
             how = _fusable(self._layer)
             self._fused = _Fused(self._layer, how) if how else None
-        return (self._fused or partial(_plain, self._layer))(hidden_states, *args, **kwargs)
+        return (self._fused or partial(plain, self._layer))(hidden_states, *args, **kwargs)
 
 
 class _Fused:
@@ -126,7 +129,9 @@ def is_common(layer: nn.Module) -> bool:
     known = set(inner) - {"q_norm", "k_norm"} == ATTENTION and set(outer) == MLP
     plain = all(packed.is_plain(part) for part in linears) and all(hasattr(n, "variance_epsilon") for n in norms)
     hooked = any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules())
-    return known and plain and not hooked and type(mlp.act_fn).__name__ in SILU and ops.usable(linears[0].weight)
+    if not known or not plain or hooked or len({weight.dtype for weight in layer.parameters()}) > 1:
+        return False
+    return type(mlp.act_fn).__name__ in SILU and ops.usable(linears[0].weight)
 
 
 def _fusable(layer: nn.Module) -> How | None:
@@ -141,29 +146,40 @@ _SEEN: WeakKeyDictionary[nn.Module, How | None] = WeakKeyDictionary()
 
 @torch.inference_mode()
 def _computes_the_same(layer: nn.Module) -> How | None:
-    x, around = probe(layer)
-    how = asked_by(layer)
-    try:
-        plain = _plain(layer, x, **around, upturn_plan=_Causal())
-        other = _Fused(layer, how)(x, **around, upturn_plan=_Causal()) if how else None
-    except (TypeError, RuntimeError, AttributeError, ValueError):  # a layer that is called in another way
+    (x, around), own, ours = probe(layer), _Causal(), _Causal()
+    out = tried(partial(plain, layer, x, **around, upturn_plan=own))
+    if out is None or own.how is None:
         return None
-    return how if other is not None and close(plain, other) else None
+    other = tried(partial(_Fused(layer, own.how), x, **around, upturn_plan=ours))
+    pairs = [] if other is None else [(out, other), *zip(own.seen, ours.seen, strict=True)]
+    return own.how if pairs and all(close(one, two) for one, two in pairs) else None
 
 
 def asked_by(layer: nn.Module) -> How | None:
     """How a layer's own forward asks to attend; None where it cannot be called like the others."""
-    x, around = probe(layer)
-    causal = _Causal()
-    try:
-        with torch.no_grad():
-            _plain(layer, x, **around, upturn_plan=causal)
-    except (TypeError, RuntimeError, AttributeError, ValueError):
-        return None
+    (x, around), causal = probe(layer), _Causal()
+    with torch.no_grad():
+        tried(partial(plain, layer, x, **around, upturn_plan=causal))
     return causal.how
 
 
-def _plain(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+def tried(work: Callable[[], Result]) -> Result | None:
+    """What it gives; None where it fails, in whatever way: a layer may want to be called in another one."""
+    try:
+        return work()
+    except Exception:
+        return None
+
+
+def is_usual(layer: Any, hidden_states: Tensor, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is of the kind that was tried: one row, and whole heads turned by numbers of the same type."""
+    around, shape = kwargs.get("position_embeddings"), (1, hidden_states.shape[1], layer.self_attn.head_dim)
+    if not isinstance(around, tuple) or len(around) != 2 or len(hidden_states) != 1:
+        return False
+    return all(x.shape == shape and x.dtype == hidden_states.dtype and x.is_contiguous() for x in around)
+
+
+def plain(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """The layer's own forward, whatever stands before it at the moment."""
     return type(layer).forward(layer, *args, **kwargs)
 
@@ -173,7 +189,7 @@ def probe(layer: nn.Module) -> tuple[Tensor, dict[str, Any]]:
     attention: Any = layer.self_attn
     weight: Tensor = attention.q_proj.weight
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 5, weight.shape[1], generator=generator).to(weight.dtype)
+    x = (torch.randn(1, 5, weight.shape[1], generator=generator) / 64).to(weight.dtype)  # so that it hides no branch
     angle = torch.rand(1, 5, attention.head_dim // 2, generator=generator).repeat(1, 1, 2) * 6
     return x, {"position_embeddings": (angle.cos().to(x.dtype), angle.sin().to(x.dtype))}
 
@@ -184,13 +200,14 @@ def close(plain: Tensor, other: Tensor) -> bool:
 
 
 class _Causal:
-    """Plain causal attention over all tokens, whatever the layer's window; notes how it was asked."""
+    """Plain causal attention over all tokens, whatever the layer's window; notes how it was asked, and with what."""
 
     how: How | None = None
+    seen: tuple[Tensor, ...] = ()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         """See `Plan`."""
-        self.how = how
+        self.how, self.seen = how, (q, k, v)
         k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
         out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=how.scaling)
         return out.transpose(1, 2).contiguous()

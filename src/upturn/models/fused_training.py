@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -83,9 +84,10 @@ class _Around:
 class _Fused:
     """The forward of one layer."""
 
-    __slots__ = ("_eps", "_how", "_weights", "_width")
+    __slots__ = ("_eps", "_how", "_layer", "_weights", "_width")
 
     def __init__(self, layer: Any, how: How) -> None:
+        self._layer = layer
         a, mlp = layer.self_attn, layer.mlp
         norms = [getattr(a, name, None) for name in ("q_norm", "k_norm")]
         before, after = layer.input_layernorm, layer.post_attention_layernorm
@@ -103,6 +105,8 @@ class _Fused:
         self._width = a.head_dim
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not fused.is_usual(self._layer, hidden_states, kwargs):
+            return fused.plain(self._layer, hidden_states, *args, **kwargs)
         cos, sin = kwargs["position_embeddings"]
         around = _Around(cos[0], sin[0], kwargs["upturn_plan"], self._how, self._eps, self._width)
         return _Layer.apply(hidden_states[0], around, *self._weights)[None]  # type: ignore[index]
@@ -255,18 +259,17 @@ def _computes_the_same(layer: nn.Module) -> How | None:
     how = fused.asked_by(layer)
     if how is None or how.softcap:
         return None
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            x, around = fused.probe(layer)
-            plain, other = (
-                _tried(layer, forward, x, around | {"upturn_plan": plan}) for forward in (layer, _Fused(layer, how))
-            )
-    except (TypeError, RuntimeError, AttributeError, ValueError):  # a layer that is called in another way
+    with torch.inference_mode(False), torch.enable_grad():
+        x, around = fused.probe(layer)
+        around["upturn_plan"] = plan
+        ways = (partial(fused.plain, layer), _Fused(layer, how))
+        plain, other = (fused.tried(partial(_learnt, layer, way, x, around)) for way in ways)
+    if plain is None or other is None:
         return None
     return how if all(fused.close(a, b) for a, b in zip(plain, other, strict=True)) else None
 
 
-def _tried(layer: nn.Module, forward: Any, x: Tensor, around: dict[str, Any]) -> list[Tensor]:
+def _learnt(layer: nn.Module, forward: Any, x: Tensor, around: dict[str, Any]) -> list[Tensor]:
     """The output, and the gradients of its sum of squares."""
     inputs = [x.clone().requires_grad_(), *(p for p in layer.parameters() if p.requires_grad)]
     out = forward(inputs[0], **around)

@@ -90,9 +90,9 @@ class MasterAdamW:
 
     @torch.no_grad()
     def _update_by_torch(self, places: list[int], factor: Tensor, rate: float) -> None:
-        values, grads, first, second = (
-            [kind[place] for place in places]
-            for kind in ([master.value() for master in self.masters], self.sums, self.exp_avg, self.exp_avg_sq)
+        values = [self.masters[place].value() for place in places]
+        grads, first, second = (
+            [kind[place] for place in places] for kind in (self.sums, self.exp_avg, self.exp_avg_sq)
         )
         for grad in grads:
             grad.mul_(factor)

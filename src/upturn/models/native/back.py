@@ -6,6 +6,7 @@ queries and keys, `N` targets.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,7 +28,6 @@ _SIGNATURES = {
     "columns_product": "iiiiippp",
     "adamw": "ippppp" + "fffffff",
 }
-_READY: dict[torch.dtype, Any] = {}
 PARTS = 16
 """Sums over tokens are made in so many parts, whatever the number of threads."""
 MOST_WIDTH = 512
@@ -136,7 +136,6 @@ def adamw(weight: Tensor, low: Tensor | None, state: tuple[Tensor, Tensor, Tenso
     _library(weight.dtype).adamw(weight.numel(), weight.data_ptr(), more, *args, *numbers)
 
 
+@cache
 def _library(dtype: torch.dtype) -> Any:
-    if dtype not in _READY:
-        _READY[dtype] = build.bound(dtype, _SIGNATURES, ("masked_softmax", "columns_product"))
-    return _READY[dtype]
+    return build.bound(dtype, _SIGNATURES, ("masked_softmax", "columns_product"))

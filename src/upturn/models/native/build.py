@@ -41,10 +41,11 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernels for numbers of this type. None without a C compiler, glibc's loader, or with UPTURN_NATIVE=0."""
     if dtype not in TYPES or sys.platform != "linux" or os.environ.get("UPTURN_NATIVE") == "0":
         return None
-    compiler, openmp = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"), _openmp()
-    if not compiler or not openmp:
-        return None
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     try:
+        openmp = _openmp()
+        if not compiler or not openmp:
+            return None
         return ctypes.CDLL(str(_built(compiler, openmp, TYPES[dtype])))
     except (OSError, subprocess.SubprocessError) as error:
         progress.say(f"the kernels could not be compiled, so torch does their work, slower: {_reason(error)}")
@@ -62,10 +63,12 @@ def bound(dtype: torch.dtype, signatures: Mapping[str, str], failing: Collection
 
 
 def _openmp() -> str | None:
-    """The OpenMP library of this process."""
+    """The OpenMP library of this process: torch's own where there are several."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     files = {line.split(maxsplit=5)[5] for line in lines if "/" in line}
-    return next((file for file in sorted(files) if Path(file).name.startswith(("libgomp", "libiomp5", "libomp"))), None)
+    found = [file for file in sorted(files) if Path(file).name.startswith(("libgomp", "libiomp5", "libomp"))]
+    home = str(Path(torch.__file__).parent)
+    return next((file for file in found if file.startswith(home)), found[0] if found else None)
 
 
 def _built(compiler: str, openmp: str, defines: tuple[str, ...]) -> Path:
@@ -77,9 +80,7 @@ def _built(compiler: str, openmp: str, defines: tuple[str, ...]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (
             progress.note("compiling kernels for this processor, once"),
-            tempfile.TemporaryDirectory(
-                dir=target.parent
-            ) as scratch,  # beside the result: one move puts it there
+            tempfile.TemporaryDirectory(dir=target.parent) as scratch,  # beside the result: one move puts it there
         ):
             made, out = [str(Path(scratch) / f"{name}.o") for name in SOURCES], Path(scratch) / target.name
             for (source, own), part in zip(SOURCES.items(), made, strict=True):
@@ -101,4 +102,4 @@ def _call(*command: str) -> None:
 def _processor() -> str:
     """What the machine code depends on: a cache may be shared by machines that differ."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return next((line for line in lines if line.startswith(("flags", "Features", "isa"))), platform.processor())

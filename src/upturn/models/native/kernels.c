@@ -4,9 +4,6 @@
  * torch's only by the order of sums.
  */
 #include "real.h"
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 /* 16 numbers at once, on any machine: compilers split them where registers are shorter. */
 enum { LANES = 16, MOST = 4, AHEAD = 32 };
@@ -226,7 +223,7 @@ int sample(int64_t n, int64_t size, const real *logits, const float *uniform, fl
                 plain += scale != 1.0f ? (double)total(plains) : mass[b];
             }
             int64_t found = scale ? invert(row, size, mass, blocks, (double)uniform[i] * whole, top, scale) : 0;
-            while (!scale && load(row[found]) < top) found++;
+            while (!scale && found < size - 1 && load(row[found]) < top) found++;
             chosen[i] = found;
             logprob[i] = load(row[found]) - top - (float)log(plain);
         }

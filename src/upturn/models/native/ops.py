@@ -5,6 +5,7 @@ Axes: `T` tokens, `d` width of the model, `H` heads, `D` width of a head.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ _SIGNATURES = {
     "attend": "iiiiippppippfip",
     "sample": "iippfpp",
 }
-_READY: dict[torch.dtype, Any] = {}
 
 
 def usable(like: Tensor) -> bool:
@@ -93,7 +93,6 @@ def _check(failed: int) -> None:
         raise MemoryError("a kernel found no memory for its scratch space")
 
 
+@cache
 def _library(dtype: torch.dtype) -> Any:
-    if dtype not in _READY:
-        _READY[dtype] = build.bound(dtype, _SIGNATURES, ("attend", "sample"))
-    return _READY[dtype]
+    return build.bound(dtype, _SIGNATURES, ("attend", "sample"))
