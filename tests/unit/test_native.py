@@ -122,21 +122,21 @@ def without(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """Nothing built yet, and nothing kept of what a test builds."""
-    build.library.cache_clear()
+    build.kernels.cache_clear()
     yield
-    build.library.cache_clear()
+    build.kernels.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh")
 def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("UPTURN_NATIVE", "0")
-    assert build.library(torch.float32) is None
+    assert build.kernels(torch.float32) is None
 
 
 @pytest.mark.usefixtures("fresh")
 def test_nothing_is_built_without_a_compiler(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
-    assert build.library(torch.float32) is None
+    assert build.kernels(torch.float32) is None
 
 
 @needs_kernels
@@ -144,7 +144,7 @@ def test_nothing_is_built_without_a_compiler(monkeypatch: pytest.MonkeyPatch):
 def test_a_compiler_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("UPTURN_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "--no-such-flag"))
-    assert build.library(torch.float32) is None
+    assert build.kernels(torch.float32) is None
     assert not list(tmp_path.rglob("*.so"))
 
 
@@ -152,12 +152,12 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.usefixtures("fresh")
 def test_kernels_are_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("UPTURN_CACHE", str(tmp_path))
-    assert build.library(torch.float32) is not None
+    assert build.kernels(torch.float32) is not None
     assert len(list(tmp_path.rglob("*"))) == 2  # the folder and the library
-    build.library.cache_clear()
+    build.kernels.cache_clear()
     monkeypatch.setattr(build, "_call", _refuse)
-    assert build.library(torch.float32) is not None
-    assert build.library(torch.float64) is None
+    assert build.kernels(torch.float32) is not None
+    assert build.kernels(torch.float64) is None
 
 
 def _refuse(*command: str) -> None:

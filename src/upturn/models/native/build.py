@@ -37,7 +37,7 @@ TYPES = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
 
 
 @cache
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernels for numbers of this type. None without a C compiler, glibc's loader, or with UPTURN_NATIVE=0."""
     if dtype not in TYPES or sys.platform != "linux" or os.environ.get("UPTURN_NATIVE") == "0":
         return None
@@ -54,7 +54,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 def bound(dtype: torch.dtype, signatures: Mapping[str, str], failing: Collection[str]) -> Any:
     """The library with the arguments of some functions declared, one letter each; those that can fail return an int."""
-    found = library(dtype)
+    found = kernels(dtype)
     for name, kinds in signatures.items() if found else ():
         function = getattr(found, name)
         function.argtypes = [_KINDS[kind] for kind in kinds]
