@@ -22,8 +22,6 @@ GROW_SHARE = 8
 FEW_QUERIES = 32
 """Up to so many new tokens of a slot two plain matrix products beat the fused kernel on a CPU at any number of keys
 (twice as fast at one token and 512 keys)."""
-MANY_PAIRS = 20_000
-"""Up to so many pairs of a query and a key a slot's new tokens attend one by one in C, more by matrix products."""
 
 
 class Slots:
@@ -37,10 +35,11 @@ class Slots:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads  # type: ignore[attr-defined]
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # type: ignore[attr-defined]
         layers: int = config.num_hidden_layers  # type: ignore[attr-defined]
-        self.keys = torch.zeros((layers, size, heads, length, width), dtype=like.dtype, device=like.device)
+        self.native = ops.usable(like)
+        """Whether kernels attend: they read each slot as far as it is filled, wherever it lies, and lay it out."""
+        wide = -(-width // ops.STEP) * ops.STEP if self.native else width
+        self.keys = torch.zeros((layers, size, heads, length, wide), dtype=like.dtype, device=like.device)
         self.values = torch.zeros_like(self.keys)
-        self.native = ops.usable(self.keys)
-        """Whether kernels attend: they read each slot as far as it is filled, wherever it lies."""
 
     @property
     def length(self) -> int:
@@ -55,7 +54,9 @@ class Slots:
             self.keys, self.values = (nn.functional.pad(old, (0, 0, 0, more)) for old in (self.keys, self.values))
 
     def copy(self, source: int, target: int, first: int, last: int) -> None:
-        """Copy the places from `first` up to `last` of one slot into another."""
+        """Copy the places from `first` up to `last` of one slot into another, which begin alike."""
+        if self.native:  # whole blocks: they begin in what is alike already, and end where nothing is yet
+            first, last = first // ops.STEP * ops.STEP, -(-last // ops.STEP) * ops.STEP
         for held in (self.keys, self.values):
             held[:, target, :, first:last] = held[:, source, :, first:last]
 
@@ -104,27 +105,23 @@ class StepPlan:
         keys, values = self.slots.keys[layer], self.slots.values[layer]
         q_T, k_T, v_T = (part[0].transpose(0, 1) for part in (q, k, v))  # [T, H, D]
         out_T = torch.empty(q_T.shape, dtype=q.dtype, device=q.device)
-        if self.slots.native and not how.softcap and _as_kernels_read(q_T, k_T, v_T, keys):
+        if self.slots.native:
+            (q_T,), (k_T, v_T) = _as_kernels_read(q_T), _as_kernels_read(k_T, v_T)
             ops.keep(k_T, v_T, self.row_T, self.place_T, keys, values)
-            short, parts = self._split
-            cache, limits = (keys, values), (how.scaling, how.window or 0)
-            ops.attend(q_T, (short, self.row_T, self.place_T), cache, limits, out_T)
-        else:
-            keys[self.row_T, :, self.place_T] = k_T
-            values[self.row_T, :, self.place_T] = v_T
-            parts = self._padded
-        for part in parts:
+            limits = (how.scaling, how.softcap or 0.0, how.window or 0)
+            ops.attend(q_T, self._runs_R4, (keys, values), limits, out_T)
+            return out_T[None]
+        keys[self.row_T, :, self.place_T] = k_T
+        values[self.row_T, :, self.place_T] = v_T
+        for part in self._padded:
             k_B, v_B = keys[part.rows, :, : part.top], values[part.rows, :, : part.top]
             out = sdpa(part.queries(q_T), k_B, v_B, part.mask(how.window), how, few_queries=self._few_queries)
             part.put(out, out_T)
         return out_T[None]
 
     @cached_property
-    def _split(self) -> tuple[Tensor, list[_Part]]:
-        """Tokens that attend one by one, and runs so long that matrix products are faster."""
-        long = [run for run in self._runs if run.pairs > MANY_PAIRS]
-        short = [place for run in self._runs if run not in long for place in range(run.flat, run.flat + run.count)]
-        return torch.tensor(short, dtype=torch.long), self._part(long)
+    def _runs_R4(self) -> Tensor:
+        return torch.tensor([(run.slot, run.flat, run.place, run.count) for run in self._runs], dtype=torch.long)
 
     @cached_property
     def _padded(self) -> list[_Part]:
@@ -146,11 +143,6 @@ class _Run:
     place: int
     """First place in the slot."""
     count: int
-
-    @property
-    def pairs(self) -> int:
-        """How many (query, key) pairs its attention has."""
-        return self.count * self.place + self.count * (self.count + 1) // 2
 
     def last(self, size: int) -> _Run:
         """The last tokens, at most `size`."""
@@ -209,10 +201,8 @@ class _Part:
         return self._masks[window]
 
 
-def _as_kernels_read(q_T: Tensor, k_T: Tensor, v_T: Tensor, keys: Tensor) -> bool:
-    """Whether heads `[T, H, D]` have the cache's type and width, lie one behind the other, and values like keys."""
-    width = keys.shape[3]
-    alike = k_T.shape == v_T.shape and k_T.stride() == v_T.stride()
-    return alike and all(
-        x.dtype == keys.dtype and x.shape[2] == width and x.stride(2) == 1 and x.stride(1) == width for x in (q_T, k_T)
-    )
+def _as_kernels_read(*parts: Tensor) -> Sequence[Tensor]:
+    """The same heads `[T, H, D]`, one behind the other, and all parts alike."""
+    like = parts[0]
+    fits = like.stride()[1:] == (like.shape[2], 1) and all(part.stride() == like.stride() for part in parts)
+    return parts if fits else [part.contiguous() for part in parts]

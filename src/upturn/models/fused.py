@@ -81,17 +81,17 @@ class _Fused:
         self._layer: Any = layer
         self._how = how
         self._attention = self._layer.self_attn
-        self._products: tuple[packed.Product, ...] | None = None
+        self._products: tuple[packed.Product, packed.Product, packed.Gated, packed.Product] | None = None
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._products = self._products or self._join()
         cos, sin = kwargs["position_embeddings"]
         return self._run(hidden_states[0], cos[0], sin[0], kwargs["upturn_plan"])[None]
 
-    def _join(self) -> tuple[packed.Product, ...]:
+    def _join(self) -> tuple[packed.Product, packed.Product, packed.Gated, packed.Product]:
         a, mlp = self._attention, self._layer.mlp
-        groups = ((a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,))
-        return tuple(packed.Product(group) for group in groups)
+        join, out, narrow = (packed.Product(g) for g in ((a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (mlp.down_proj,)))
+        return join, out, packed.Gated(mlp.gate_proj, mlp.up_proj), narrow
 
     def _run(self, x: Tensor, cos: Tensor, sin: Tensor, plan: _attention.Plan) -> Tensor:
         assert self._products is not None
@@ -108,7 +108,7 @@ class _Fused:
         q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
         attended = plan.attend(attention.layer_idx, q, k, v, self._how)
         x, h = ops.norm(x, after.weight, after.variance_epsilon, out(attended.view(len(x), -1)))
-        return x + narrow(ops.silu_mul(widen(h)))
+        return x + narrow(widen(h))
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

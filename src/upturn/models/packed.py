@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from upturn.models.native import ops
+
 PATIENCE = 2
 """Plain calls of a layer before its weight is packed. Packing costs what some 30 calls save: short runs go without."""
 TINY = 16**3
@@ -54,19 +56,56 @@ def available() -> bool:
 class Product:
     """`x @ weight.T + bias` of linear layers that share their input, side by side, packed where that pays."""
 
-    __slots__ = ("_bias", "_packed", "_weight")
+    __slots__ = ("_bias", "_panels", "_rows", "_weight")
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        weights, biases = [layer.weight.detach() for layer in layers], [layer.bias for layer in layers]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self._bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
-        self._packed = available() and _pays(weight)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._packed else weight
+        self._weight: Tensor | None = _joined([layer.weight for layer in layers])
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self._bias = _joined(biases) if biases else None
+        self._rows = len(self._weight)
+        self._panels = ops.packed(self._weight) if _pays(self._weight) else None
+        if self._panels is not None:
+            self._weight = None
+        elif available() and _pays(self._weight):
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._packed:
+        if self._panels is not None:
+            out = ops.product(x.flatten(0, -2), self._panels, self._rows, self._bias)
+            return out.view(*x.shape[:-1], self._rows)
+        assert self._weight is not None
+        if self._weight.is_mkldnn:
             return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return nn.functional.linear(x, self._weight, self._bias)
+
+
+class Gated:
+    """SiLU of one linear layer times another one over the same input."""
+
+    __slots__ = ("_bias", "_both", "_panels", "_rows")
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear) -> None:
+        self._both, self._panels, self._rows = None, None, 2 * gate.out_features
+        half = ops.PANEL // 2
+        if _pays(gate.weight) and gate.out_features % half == 0:
+            weights, biases = (
+                [None if part is None else part.detach().unflatten(0, (-1, half)) for part in parts]
+                for parts in ((gate.weight, up.weight), (gate.bias, up.bias))
+            )
+            self._panels = ops.packed(torch.stack(weights, 1).flatten(0, 2))  # halves of a panel side by side
+            self._bias = None if biases[0] is None else torch.stack(biases, 1).flatten()
+        if self._panels is None:
+            self._both = Product((gate, up))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[T, d] -> [T, f]`."""
+        if self._both is not None:
+            return ops.silu_mul(self._both(x))
+        return ops.product(x, self._panels, self._rows, self._bias, gated=True)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0].detach() if len(parts) == 1 else torch.cat([part.detach() for part in parts])
 
 
 class _Packed:

@@ -25,9 +25,9 @@ from upturn.models.load import cache_dir
 from upturn.tracking import progress
 
 HERE = Path(__file__).parent
-SOURCES = {"kernels.c": (), "train.c": ("-fassociative-math",), "tiles.c": ()}
+SOURCES = {"kernels.c": (), "attend.c": (), "product.c": (), "train.c": ("-fassociative-math",), "tiles.c": ()}
 """With flags of their own: sums of train.c may be split over lanes."""
-HEADERS = ("real.h",)
+HEADERS = ("real.h", "vec.h", "tiles.h")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp")
 ARITHMETIC = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffinite-math-only")
 """Not -ffast-math: its linker flags would make the whole process flush denormal numbers to zero."""

@@ -17,10 +17,18 @@ _SIGNATURES = {
     "norm": "iipppfpp",
     "silu_mul": "iipp",
     "rope": "iiiippppf",
-    "keep": "iiiippppipp",
-    "attend": "iiiiippppippfip",
+    "keep": "iiiippppiipp",
+    "attend": "ip" + "iiiip" + "iipp" + "ffip",
     "sample": "iippfpp",
+    "pack": "iipp",
+    "product": "iiipppip",
 }
+
+
+PANEL = 32
+"""Rows of a weight that are packed together."""
+STEP = 32
+"""Slots are as long, and heads in them as wide, as a multiple of this."""
 
 
 def usable(like: Tensor) -> bool:
@@ -56,26 +64,24 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, eps
 
 
 def keep(k: Tensor, v: Tensor, slot: Tensor, place: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Write `k, v [T, H, D]` into places of slots, `keys, values [slots, H, length, D]`."""
+    """Write `k, v [T, H, D]` into places of slots, `keys, values [slots, H, length, width]` as attend.c lays them."""
     size, heads, width = k.shape
     args = (k.data_ptr(), v.data_ptr(), slot.data_ptr(), place.data_ptr())
-    where = (keys.shape[2], keys.data_ptr(), values.data_ptr())
+    where = (keys.shape[2], keys.shape[3], keys.data_ptr(), values.data_ptr())
     _library(k.dtype).keep(size, heads, width, k.stride(0), *args, *where)
 
 
-def attend(
-    q: Tensor, tokens: tuple[Tensor, Tensor, Tensor], cache: tuple[Tensor, Tensor], how: tuple[float, int], out: Tensor
-) -> None:
-    """Attention of some tokens of `q [T, H, D]`, each over its slot up to its own place, into `out` like `q`.
+def attend(q: Tensor, runs: Tensor, cache: tuple[Tensor, Tensor], how: tuple[float, float, int], out: Tensor) -> None:
+    """Attention of `q [T, H, D]`, each over its slot up to its own place, into `out` like `q`.
 
-    `tokens` are the places in `q` of those that ask, and slot and place of every token; `cache` as in `keep`. `how` is
-    the scale and the window (0: none). Sums are fp32.
+    `runs [R, 4]` are the new tokens of each slot: slot, first in `q`, its place, and how many; `cache` as in `keep`.
+    `how` is the scale, the soft cap and the window (0: none). Sums are fp32.
     """
-    (which, slot, place), (keys, values), (scale, window) = tokens, cache, how
+    (keys, values), (scale, cap, window) = cache, how
     heads, width = q.shape[1:]
-    args = (q.data_ptr(), which.data_ptr(), slot.data_ptr(), place.data_ptr(), keys.shape[2])
-    where = (keys.data_ptr(), values.data_ptr(), scale, window, out.data_ptr())
-    _check(_library(q.dtype).attend(len(which), heads, keys.shape[1], width, q.stride(0), *args, *where))
+    asked = (heads, keys.shape[1], width, q.stride(0), q.data_ptr())
+    where = (keys.shape[2], keys.shape[3], keys.data_ptr(), values.data_ptr())
+    _check(_library(q.dtype).attend(len(runs), runs.data_ptr(), *asked, *where, scale, cap, window, out.data_ptr()))
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -88,6 +94,29 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor,
     return chosen, logprobs
 
 
+def packed(weight: Tensor) -> Tensor | None:
+    """A weight `[rows, d]` as matrix tiles take it; None where the processor has none, or not for this weight."""
+    rows, depth = weight.shape
+    library = _library(weight.dtype) if weight.device.type == "cpu" else None
+    panels = weight.new_empty(-(-rows // PANEL) * PANEL, depth) if library else weight
+    found = library and not library.pack(rows, depth, weight.contiguous().data_ptr(), panels.data_ptr())
+    return panels if found else None
+
+
+def product(x: Tensor, panels: Tensor, rows: int, bias: Tensor | None = None, *, gated: bool = False) -> Tensor:
+    """`x [T, d]` times the transpose of a packed weight, `[T, rows]`; no row of it depends on the others.
+
+    Gated: of every `PANEL` rows of the weight the first half are the gates of the others, and what comes back is SiLU
+    of the ones times the others, `[T, rows / 2]`.
+    """
+    size, depth = x.shape
+    out = x.new_empty(size, rows // 2 if gated else rows)
+    added = None if bias is None else bias.data_ptr()
+    args = (x.contiguous().data_ptr(), panels.data_ptr(), added, int(gated), out.data_ptr())
+    _check(_library(x.dtype).product(size, rows, depth, *args))
+    return out
+
+
 def _check(failed: int) -> None:
     if failed:
         raise MemoryError("a kernel found no memory for its scratch space")
@@ -95,4 +124,4 @@ def _check(failed: int) -> None:
 
 @cache
 def _library(dtype: torch.dtype) -> Any:
-    return build.bound(dtype, _SIGNATURES, ("attend", "sample"))
+    return build.bound(dtype, _SIGNATURES, ("attend", "sample", "pack", "product"))

@@ -3,19 +3,10 @@
  * Both factors lie the wrong way for any matrix product: their sums run over rows. A general one turns them around at
  * less than half its speed; here they are packed into tiles once. Other processors get 1 back, and use the general one.
  */
-#include "real.h"
+#include "tiles.h"
 
-#if defined BF16 && defined __AMX_BF16__ && defined __AVX512BW__
-#include <sys/syscall.h>
-#include <unistd.h>
-
-enum { SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH, HELD = 1 << 19 };
-
-typedef struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} layout;
+#if defined TILES && defined __AVX512BW__
+enum { HELD = 1 << 19 };
 
 /* Two rows of 16 numbers, side by side pair by pair. */
 static inline __m512i pairs(const real *x, int64_t stride, int64_t rows, int64_t r) {
@@ -85,16 +76,12 @@ static inline void block(int64_t depth, const real *left, const real *right, flo
 /* g [n, o], x [n, i], rows strides apart -> out [o, i]; o and i are multiples of 32. Returns 1 where it cannot. */
 int columns_product(int64_t n, int64_t o, int64_t i, int64_t g_stride, int64_t x_stride, const real *g, const real *x,
                     real *out) {
-    static int allowed = -1;
-    if (allowed < 0) allowed = !syscall(SYS_arch_prctl, 0x1023, 18); /* ask for tiles, which Linux lends on demand */
-    if (!allowed || o % 32 || i % 32 || !n) return 1;
+    if (!tiles_allowed() || o % 32 || i % 32 || !n) return 1;
     int64_t depth = (n + DEPTH - 1) / DEPTH, held = HELD / (depth * DEPTH * 32);
     held = held < 1 ? 1 : held;
     real *right = aligned_alloc(64, (size_t)(depth * TILE * (i / SIDE)) * sizeof(real));
     if (!right) return 1;
     int failed = 0;
-    layout shape = {.palette = 1};
-    for (int t = 0; t < 8; t++) shape.bytes[t] = 64, shape.rows[t] = 16;
 #pragma omp parallel
     {
         real *left = aligned_alloc(64, (size_t)(held * 2 * depth * TILE) * sizeof(real));
@@ -105,7 +92,7 @@ int columns_product(int64_t n, int64_t o, int64_t i, int64_t g_stride, int64_t x
         }
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < i / SIDE; c++) pack_right(n, x_stride, x + c * SIDE, right + c * depth * TILE);
-        _tile_loadconfig(&shape);
+        take_tiles();
 #pragma omp for schedule(static)
         for (int64_t part = 0; part < (o / 32 + held - 1) / held; part++) {
             int64_t first = part * held, last = first + held < o / 32 ? first + held : o / 32;

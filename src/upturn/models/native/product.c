@@ -1,0 +1,125 @@
+/* x times the transpose of a weight, from a weight that was packed into tiles once.
+ *
+ * Every number of the result is summed in the same order whatever the number of rows, so it does not depend on the
+ * other rows of the batch. Any number of rows will do at once: oneDNN makes a new kernel for each.
+ */
+#include "tiles.h"
+#include "vec.h"
+
+#ifdef TILES
+enum { PANEL = 2 * SIDE, HELD = 1 << 20 };
+
+/* weight [rows, depth] -> panels of 32 rows: per 32 of the depth two right tiles. What lies beyond the rows is 0.
+ * Returns 1 where it cannot be done. */
+int pack(int64_t rows, int64_t depth, const real *weight, real *panels) {
+    if (!tiles_allowed() || depth % DEPTH) return 1;
+    int64_t tiles = depth / DEPTH;
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < (rows + PANEL - 1) / PANEL; p++)
+        for (int64_t c = 0; c < PANEL; c++) {
+            const real *row = p * PANEL + c < rows ? weight + (p * PANEL + c) * depth : NULL;
+            real *column = panels + (p * tiles * 2 + c / SIDE) * TILE + c % SIDE * 2;
+            for (int64_t j = 0; j < depth; j++)
+                column[j / DEPTH * 2 * TILE + j % DEPTH / 2 * DEPTH + j % 2] = row ? row[j] : 0;
+        }
+    return 0;
+}
+
+/* Rows of x times a panel -> sums [32, 32]; 32 rows are read if there are more than 16, else 16. */
+static inline void rows_by_panel(int64_t tiles, const real *x, int64_t stride, int more, const real *panel, float *sums,
+                                 const char *next, int64_t lines) {
+    const real *below = x + SIDE * stride;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (more) {
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t t = 0; t < tiles; t++) {
+            for (int64_t l = 0; l < lines; l++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+            _tile_loadd(4, x + t * DEPTH, stride * 2);
+            _tile_loadd(6, panel + 2 * t * TILE, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, panel + (2 * t + 1) * TILE, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, below + t * DEPTH, stride * 2);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(2, sums + SIDE * PANEL, PANEL * 4);
+        _tile_stored(3, sums + SIDE * PANEL + SIDE, PANEL * 4);
+    } else
+        for (int64_t t = 0; t < tiles; t++) {
+            for (int64_t l = 0; l < lines; l++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+            _tile_loadd(4, x + t * DEPTH, stride * 2);
+            _tile_loadd(6, panel + 2 * t * TILE, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, panel + (2 * t + 1) * TILE, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+    _tile_stored(0, sums, PANEL * 4);
+    _tile_stored(1, sums + SIDE, PANEL * 4);
+}
+
+/* A row of sums, and its place in the result: as it is, or SiLU of the first half times the second. */
+static inline void put_row(const float *sums, vec bias, vec bias2, int gated, int64_t left, real *out) {
+    vec a = *(const vec *)sums + bias, b = *(const vec *)(sums + LANES) + bias2;
+    if (gated) {
+        a = kept_vec(a);
+        store_vec(out, kept_vec(a * inverse(1.0f + exp_vec(-a))) * kept_vec(b));
+    } else {
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+        if (left >= PANEL)
+            _mm512_storeu_si512(out, both);
+        else
+            _mm512_mask_storeu_epi16(out, (1u << left) - 1, both);
+    }
+}
+
+/* x [n, depth] times the weight [rows, depth] that was packed, plus bias [rows] if there is one -> out [n, rows]. Gated:
+ * of every 32 rows the first 16 are gates of the others, and out is [n, rows / 2]. Returns 1 where memory is short. */
+int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *panels, const real *bias, int64_t gated,
+            real *out) {
+    int64_t tiles = depth / DEPTH, count = (rows + PANEL - 1) / PANEL, full = n / PANEL * PANEL;
+    int64_t width = gated ? rows / 2 : rows, step = gated ? SIDE : PANEL;
+    int64_t parts = n * depth * 2 / HELD + 1, held = ((n + parts - 1) / parts + PANEL - 1) / PANEL * PANEL;
+    int failed = 0;
+#pragma omp parallel
+    {
+        float sums[PANEL * PANEL] __attribute__((aligned(64)));
+        real *rest = aligned_alloc(64, (size_t)(PANEL * depth) * sizeof(real)); /* the last rows, filled up */
+        if (rest) {
+            memcpy(rest, x + full * depth, (size_t)((n - full) * depth) * sizeof(real));
+            memset(rest + (n - full) * depth, 0, (size_t)((PANEL - n + full) * depth) * sizeof(real));
+        } else {
+#pragma omp atomic write
+            failed = 1;
+        }
+        take_tiles();
+#pragma omp for schedule(static) nowait
+        for (int64_t task = 0; task < parts * count; task++) {
+            int64_t first = task / count * held, last = first + held < n ? first + held : n, p = task % count;
+            const real *more = bias ? bias + p * PANEL : NULL;
+            int64_t left = rows - p * PANEL, blocks = (last - first + PANEL - 1) / PANEL, lines = (32 + blocks - 1) / blocks;
+            vec bias1 = more ? load_some(more, left) : (vec){0};
+            vec bias2 = more && left > LANES ? load_some(more + LANES, left - LANES) : (vec){0};
+            for (int64_t i = first; rest && i < last; i += PANEL) {
+                int64_t some = last - i < PANEL ? last - i : PANEL;
+                rows_by_panel(tiles, i < full ? x + i * depth : rest, depth, some > SIDE, panels + p * tiles * 2 * TILE,
+                              sums, (const char *)(panels + (p + 1) * tiles * 2 * TILE) + (i - first) / PANEL * tiles * lines * 64, lines);
+                for (int64_t r = 0; r < some; r++)
+                    put_row(sums + r * PANEL, bias1, bias2, (int)gated, left, out + (i + r) * width + p * step);
+            }
+        }
+        _tile_release();
+        free(rest);
+    }
+    return failed;
+}
+#else
+int pack(int64_t rows, int64_t depth, const real *weight, real *panels) { return 1; }
+
+int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *panels, const real *bias, int64_t gated,
+            real *out) {
+    return 1;
+}
+#endif

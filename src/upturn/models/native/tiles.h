@@ -1,0 +1,36 @@
+/* Matrix tiles of processors with AMX: 16 rows of 64 bytes, eight of them. TILES says whether they can be compiled for.
+ *
+ * A product of tiles is left [16, 32] times right [32, 16], sums [16, 16] in float. The right one lies with pairs of
+ * rows interleaved: 16 rows of 16 pairs.
+ */
+#pragma once
+#include "real.h"
+
+#if defined BF16 && defined __AMX_BF16__ && defined __AVX512BF16__ && defined __linux__
+#define TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum { SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH };
+
+typedef struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} tile_layout;
+
+/* Linux lends tiles to a process on demand. */
+static inline int tiles_allowed(void) {
+    static int allowed = -1;
+    if (allowed < 0) allowed = !syscall(SYS_arch_prctl, 0x1023, 18);
+    return allowed;
+}
+
+/* Before a thread uses tiles; _tile_release() when it is done. */
+static inline void take_tiles(void) {
+    tile_layout shape = {.palette = 1};
+    for (int t = 0; t < 8; t++) shape.bytes[t] = 64, shape.rows[t] = SIDE;
+    _tile_loadconfig(&shape);
+}
+
+#endif
