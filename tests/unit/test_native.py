@@ -73,30 +73,92 @@ def test_rotary_embedding(width: int, normed: bool, dtype: torch.dtype):
     assert torch.equal(joined[:, 4], rest)
 
 
+SLOTS, LENGTH = 4, 128
+RUNS = [[2, 0, 0, 1], [0, 1, 60, 20], [3, 21, 127, 1], [1, 22, 31, 3]]
+"""New tokens of four slots: slot, first in the step, its place, and how many."""
+
+
+def held(heads: int, width: int, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Keys and values `[2, slots, length, H, D]`, and the cache that holds them all."""
+    plain = torch.randn(2, SLOTS, LENGTH, heads, width).to(dtype)
+    wide = -(-width // ops.STEP) * ops.STEP
+    cache = torch.zeros(SLOTS, heads, LENGTH, wide, dtype=dtype), torch.zeros(SLOTS, heads, LENGTH, wide, dtype=dtype)
+    slot, place = torch.arange(SLOTS).repeat_interleave(LENGTH), torch.arange(LENGTH).repeat(SLOTS)
+    ops.keep(*plain.flatten(1, 2), slot, place, *cache)
+    return plain, cache
+
+
+def attended(q: Tensor, runs: list[list[int]], cache: tuple[Tensor, Tensor], how: tuple[float, float, int]) -> Tensor:
+    out = torch.full_like(q, 7)
+    ops.attend(q, torch.tensor(runs), cache, how, out)
+    return out
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [24, 32, 64, 96, 128])
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (2, 3), (1, 4), (2, 7)])
-@pytest.mark.parametrize("window", [0, 5])
-def test_attention_over_slots(width: int, heads: int, groups: int, window: int, dtype: torch.dtype):
-    slots, length = 4, 40
-    keys, values = torch.randn(2, slots, heads, length, width).to(dtype)
-    slot, place = torch.tensor([2, 0, 2, 3, 0]), torch.tensor([0, 16, 39, 31, 3])
-    q = torch.randn(5, heads * groups, width).to(dtype)
-    k, v = torch.randn(2, 5, heads, width).to(dtype)
-    ops.keep(k, v, slot, place, keys, values)
-    assert torch.equal(keys[slot, :, place], k)
-    assert torch.equal(values[slot, :, place], v)
-    out = torch.full_like(q, 7)
-    which = torch.tensor([4, 0, 1, 2])
-    ops.attend(q, (which, slot, place), (keys, values), (0.3, window), out)
-    assert (out[3] == 7).all()  # not asked
-    for token in which.tolist():
-        end = int(place[token]) + 1
-        seen = slice(max(0, end - window) if window else 0, end)
-        k_, v_ = (part[slot[token], :, seen].float().repeat_interleave(groups, 0) for part in (keys, values))
-        weights = (0.3 * (k_ @ q[token].float()[:, :, None])).softmax(1)
-        assert_near(out[token], (weights * v_).sum(1).to(dtype))
+@pytest.mark.parametrize(("cap", "window"), [(0.0, 0), (0.0, 5), (2.0, 40)])
+def test_attention_over_slots(width: int, heads: int, groups: int, cap: float, window: int, dtype: torch.dtype):
+    (keys, values), cache = held(heads, width, dtype)
+    q = torch.randn(26, heads * groups, width).to(dtype)
+    out = attended(q, RUNS, cache, (0.3, cap, window))
+    assert (out[25] == 7).all()  # not asked
+    for slot, flat, first, count in RUNS:
+        for token, place in zip(range(flat, flat + count), range(first, first + count), strict=True):
+            seen = slice(max(0, place + 1 - window) if window else 0, place + 1)
+            k, v = (x[slot, seen].float().transpose(0, 1).repeat_interleave(groups, 0) for x in (keys, values))
+            scores = 0.3 * (k @ q[token].float()[:, :, None])
+            weights = (cap * (scores / cap).tanh() if cap else scores).softmax(1)
+            torch.testing.assert_close(out[token].float(), (weights * v).sum(1), rtol=0, atol=ATTENDED[dtype])
+
+
+ATTENDED = {torch.float32: 1e-5, torch.bfloat16: 0.03}
+"""Largest difference; in bfloat16 the weights are rounded too."""
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_a_token_does_not_depend_on_the_others(dtype: torch.dtype):
+    _, cache = held(2, 64, dtype)
+    q = torch.randn(25, 6, 64).to(dtype)
+    for how in ((0.3, 0.0, 0), (0.3, 0.0, 40)):
+        alone = [[slot, flat + i, place + i, 1] for slot, flat, place, count in RUNS for i in range(count)]
+        assert torch.equal(attended(q, RUNS, cache, how), attended(q, alone, cache, how))
+
+
+@needs_kernels
+def test_places_behind_a_text_do_not_count():
+    q = torch.randn(25, 6, 64).bfloat16()
+    (keys, values), cache = held(2, 64, torch.bfloat16)
+    before = attended(q, RUNS[:1], cache, (0.3, 0.0, 0))
+    rest = torch.arange(1, LENGTH)
+    ops.keep(99 * keys[2, 1:], 99 * values[2, 1:], torch.full_like(rest, 2), rest, *cache)
+    assert torch.equal(attended(q, RUNS[:1], cache, (0.3, 0.0, 0)), before)
+
+
+has_tiles = ops.packed(torch.zeros(32, 32, dtype=torch.bfloat16)) is not None
+needs_tiles = pytest.mark.skipif(not has_tiles, reason="no matrix tiles (AMX) on this processor")
+
+
+@needs_tiles
+@pytest.mark.parametrize("rows", [1, 16, 17, 40, 1500])
+@pytest.mark.parametrize(("out", "width"), [(32, 32), (100, 64), (960, 1536)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_product_with_a_packed_weight(rows: int, out: int, width: int, biased: bool):
+    x, weight, bias = (torch.randn(size).bfloat16() for size in ((rows, width), (out, width), (out,)))
+    panels = ops.packed(weight)
+    assert panels is not None
+    exact = x.float() @ weight.float().T + (bias.float() if biased else 0)
+    found = ops.product(x, panels, out, bias if biased else None)
+    assert_near(found, exact)
+    assert torch.equal(ops.product(x[-1:], panels, out, bias if biased else None), found[-1:])
+
+
+@needs_tiles
+def test_a_weight_that_tiles_cannot_take_is_left_alone():
+    assert ops.packed(torch.zeros(32, 40, dtype=torch.bfloat16)) is None
+    assert ops.packed(torch.zeros(32, 32)) is None
 
 
 @needs_kernels

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2C
 
 from upturn.engines import local, sampling
 from upturn.models import chat, load, packed
+from upturn.models.native import ops
 from upturn.strategies import chain
 from upturn.types import Attempt, Prompt, Requests
 
@@ -180,6 +181,7 @@ def test_only_plain_bfloat16_layers_are_packed():
 
 @only_where_packed
 def test_weights_are_packed_once_and_only_when_that_pays(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ops, "has_tiles", lambda dtype: False)
     layer, x = nn.Linear(80, 80, dtype=torch.bfloat16), torch.ones(1, 80, dtype=torch.bfloat16)
     held = []
     with torch.inference_mode(), packed.packed(nn.Sequential(layer)):

@@ -1,5 +1,8 @@
 """Linear layers over packed weights, for the time of a generation on a CPU.
 
+Where the processor has matrix tiles (AMX), our own product takes them (`native/product.c`): twice as fast as oneDNN's
+with few rows, 1.2 times with hundreds, and a row's result never depends on its neighbours. Elsewhere oneDNN's does.
+
 oneDNN brings a plain bfloat16 weight into blocks before it multiplies, anew in every call. Weights that lie in blocks
 already save that: 1.8 times as fast at one row, 1.2 times at 64, 1.1 times at thousands (AMD EPYC with avx512_bf16, one
 thread). The kernels behind both are the same, and so are the results, to the bit (compared there).
@@ -17,7 +20,8 @@ from torch import Tensor, nn
 from upturn.models.native import ops
 
 PATIENCE = 2
-"""Plain calls of a layer before its weight is packed. Packing costs what some 30 calls save: short runs go without."""
+"""Plain calls of a layer before its weight is packed for oneDNN: that costs what some 30 calls save. To pack it into
+tiles costs less than one call, and saves half of it."""
 TINY = 16**3
 """Products of so few multiplications torch does itself, in another order: weights this small stay plain."""
 
@@ -120,7 +124,7 @@ class _Packed:
     def __call__(self, input: Tensor) -> Tensor:
         layer = self._layer
         if self._product is None:
-            if self._calls < PATIENCE:
+            if self._calls < PATIENCE and not ops.has_tiles(input.dtype):
                 self._calls += 1
                 return nn.functional.linear(input, layer.weight, layer.bias)
             self._product = Product([layer])

@@ -99,8 +99,15 @@ def packed(weight: Tensor) -> Tensor | None:
     rows, depth = weight.shape
     library = _library(weight.dtype) if weight.device.type == "cpu" else None
     panels = weight.new_empty(-(-rows // PANEL) * PANEL, depth) if library else weight
-    found = library and not library.pack(rows, depth, weight.contiguous().data_ptr(), panels.data_ptr())
+    weight = weight.contiguous()
+    found = library and not library.pack(rows, depth, weight.data_ptr(), panels.data_ptr())
     return panels if found else None
+
+
+@cache
+def has_tiles(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies numbers of this type on matrix tiles."""
+    return packed(torch.zeros(STEP, STEP, dtype=dtype)) is not None
 
 
 def product(x: Tensor, panels: Tensor, rows: int, bias: Tensor | None = None, *, gated: bool = False) -> Tensor:
@@ -111,8 +118,8 @@ def product(x: Tensor, panels: Tensor, rows: int, bias: Tensor | None = None, *,
     """
     size, depth = x.shape
     out = x.new_empty(size, rows // 2 if gated else rows)
-    added = None if bias is None else bias.data_ptr()
-    args = (x.contiguous().data_ptr(), panels.data_ptr(), added, int(gated), out.data_ptr())
+    x, added = x.contiguous(), None if bias is None else bias.data_ptr()
+    args = (x.data_ptr(), panels.data_ptr(), added, int(gated), out.data_ptr())
     _check(_library(x.dtype).product(size, rows, depth, *args))
     return out
 

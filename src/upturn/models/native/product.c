@@ -7,7 +7,7 @@
 #include "vec.h"
 
 #ifdef TILES
-enum { PANEL = 2 * SIDE, HELD = 1 << 20 };
+enum { PANEL = 2 * SIDE, HELD = 1 << 20, LINE = 32 };
 
 /* weight [rows, depth] -> panels of 32 rows: per 32 of the depth two right tiles. What lies beyond the rows is 0.
  * Returns 1 where it cannot be done. */
@@ -15,19 +15,24 @@ int pack(int64_t rows, int64_t depth, const real *weight, real *panels) {
     if (!tiles_allowed() || depth % DEPTH) return 1;
     int64_t tiles = depth / DEPTH;
 #pragma omp parallel for schedule(static)
-    for (int64_t p = 0; p < (rows + PANEL - 1) / PANEL; p++)
-        for (int64_t c = 0; c < PANEL; c++) {
-            const real *row = p * PANEL + c < rows ? weight + (p * PANEL + c) * depth : NULL;
-            real *column = panels + (p * tiles * 2 + c / SIDE) * TILE + c % SIDE * 2;
-            for (int64_t j = 0; j < depth; j++)
-                column[j / DEPTH * 2 * TILE + j % DEPTH / 2 * DEPTH + j % 2] = row ? row[j] : 0;
+    for (int64_t half = 0; half < (rows + PANEL - 1) / PANEL * 2; half++)
+        for (int64_t t = 0; t < tiles; t++) {
+            __m512i pairs[SIDE];
+            for (int64_t r = 0; r < SIDE; r++) {
+                int64_t row = half * SIDE + r;
+                pairs[r] = row < rows ? _mm512_loadu_si512(weight + row * depth + t * DEPTH) : _mm512_setzero_si512();
+            }
+            transpose(pairs);
+            real *tile = panels + ((half / 2 * tiles + t) * 2 + half % 2) * TILE;
+            for (int r = 0; r < SIDE; r++) _mm512_store_si512(tile + r * DEPTH, pairs[r]);
         }
     return 0;
 }
 
-/* Rows of x times a panel -> sums [32, 32]; 32 rows are read if there are more than 16, else 16. */
-static inline void rows_by_panel(int64_t tiles, const real *x, int64_t stride, int more, const real *panel, float *sums,
-                                 const char *next, int64_t lines) {
+/* Rows of x times a panel -> sums [32, 32]; 32 rows are read if there are more than 16, else 16. Meanwhile some lines of
+ * the next panel are asked for: weights come from far away. */
+static inline void rows_by_panel(int64_t tiles, const real *x, int64_t stride, int more, const real *panel,
+                                 const real *next, int64_t lines, float *sums) {
     const real *below = x + SIDE * stride;
     _tile_zero(0);
     _tile_zero(1);
@@ -35,7 +40,7 @@ static inline void rows_by_panel(int64_t tiles, const real *x, int64_t stride, i
         _tile_zero(2);
         _tile_zero(3);
         for (int64_t t = 0; t < tiles; t++) {
-            for (int64_t l = 0; l < lines; l++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+            for (int64_t l = 0; l < lines; l++, next += LINE) _mm_prefetch(next, _MM_HINT_T1);
             _tile_loadd(4, x + t * DEPTH, stride * 2);
             _tile_loadd(6, panel + 2 * t * TILE, 64);
             _tile_dpbf16ps(0, 4, 6);
@@ -49,7 +54,7 @@ static inline void rows_by_panel(int64_t tiles, const real *x, int64_t stride, i
         _tile_stored(3, sums + SIDE * PANEL + SIDE, PANEL * 4);
     } else
         for (int64_t t = 0; t < tiles; t++) {
-            for (int64_t l = 0; l < lines; l++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+            for (int64_t l = 0; l < lines; l++, next += LINE) _mm_prefetch(next, _MM_HINT_T1);
             _tile_loadd(4, x + t * DEPTH, stride * 2);
             _tile_loadd(6, panel + 2 * t * TILE, 64);
             _tile_dpbf16ps(0, 4, 6);
@@ -79,7 +84,8 @@ static inline void put_row(const float *sums, vec bias, vec bias2, int gated, in
  * of every 32 rows the first 16 are gates of the others, and out is [n, rows / 2]. Returns 1 where memory is short. */
 int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *panels, const real *bias, int64_t gated,
             real *out) {
-    int64_t tiles = depth / DEPTH, count = (rows + PANEL - 1) / PANEL, full = n / PANEL * PANEL;
+    if (!n) return 0;
+    int64_t tiles = depth / DEPTH, size = depth * PANEL, count = (rows + PANEL - 1) / PANEL, full = n / PANEL * PANEL;
     int64_t width = gated ? rows / 2 : rows, step = gated ? SIDE : PANEL;
     int64_t parts = n * depth * 2 / HELD + 1, held = ((n + parts - 1) / parts + PANEL - 1) / PANEL * PANEL;
     int failed = 0;
@@ -104,8 +110,8 @@ int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *p
             vec bias2 = more && left > LANES ? load_some(more + LANES, left - LANES) : (vec){0};
             for (int64_t i = first; rest && i < last; i += PANEL) {
                 int64_t some = last - i < PANEL ? last - i : PANEL;
-                rows_by_panel(tiles, i < full ? x + i * depth : rest, depth, some > SIDE, panels + p * tiles * 2 * TILE,
-                              sums, (const char *)(panels + (p + 1) * tiles * 2 * TILE) + (i - first) / PANEL * tiles * lines * 64, lines);
+                const real *panel = panels + p * size, *next = panel + size + (i - first) / PANEL * tiles * lines * LINE;
+                rows_by_panel(tiles, i < full ? x + i * depth : rest, depth, some > SIDE, panel, next, lines, sums);
                 for (int64_t r = 0; r < some; r++)
                     put_row(sums + r * PANEL, bias1, bias2, (int)gated, left, out + (i + r) * width + p * step);
             }

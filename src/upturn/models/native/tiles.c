@@ -25,26 +25,10 @@ static void pack_right(int64_t n, int64_t stride, const real *x, real *tiles) {
 /* The same columns as the left factor, transposed. */
 static void pack_left(int64_t n, int64_t stride, const real *x, real *tiles) {
     for (int64_t t = 0; t < n; t += DEPTH, tiles += TILE) {
-        __m512i a[SIDE], b[SIDE];
-        for (int r = 0; r < SIDE; r++) a[r] = pairs(x, stride, n, t + 2 * r);
-        for (int r = 0; r < SIDE; r += 2) {
-            b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
-            b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
-        }
-        for (int r = 0; r < SIDE; r += 4)
-            for (int i = 0; i < 2; i++) {
-                a[r + 2 * i] = _mm512_unpacklo_epi64(b[r + i], b[r + i + 2]);
-                a[r + 2 * i + 1] = _mm512_unpackhi_epi64(b[r + i], b[r + i + 2]);
-            }
-        for (int r = 0; r < SIDE; r += 8)
-            for (int i = 0; i < 4; i++) {
-                b[r + i] = _mm512_shuffle_i32x4(a[r + i], a[r + i + 4], 0x88);
-                b[r + i + 4] = _mm512_shuffle_i32x4(a[r + i], a[r + i + 4], 0xdd);
-            }
-        for (int i = 0; i < 8; i++) {
-            _mm512_store_si512(tiles + i * DEPTH, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-            _mm512_store_si512(tiles + (i + 8) * DEPTH, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
-        }
+        __m512i rows[SIDE];
+        for (int r = 0; r < SIDE; r++) rows[r] = pairs(x, stride, n, t + 2 * r);
+        transpose(rows);
+        for (int r = 0; r < SIDE; r++) _mm512_store_si512(tiles + r * DEPTH, rows[r]);
     }
 }
 
