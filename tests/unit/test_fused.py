@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -241,3 +242,23 @@ def test_the_same_drafts_with_and_without_kernels(
     assert ids(drafts(slots=1)) == ours
     monkeypatch.setattr(ops, "usable", lambda like: False)
     assert ids(drafts()) == ours
+
+
+@pytest.mark.skipif(not ops.has_tiles(torch.bfloat16), reason="no matrix tiles (AMX) on this processor")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_with_matrix_tiles_bfloat16_drafts_are_the_same_in_any_batch(tiny_model: Path, family: str, temperature: float):
+    loaded = replace(load.load(str(tiny_model), "bfloat16", device="cpu"), model=made(family, torch.bfloat16))
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests("again"))
+    prompts = [Prompt(f"p{place}", "abcdefghij"[: 2 + place]) for place in range(7)]
+
+    def drafts(slots: int, *, speculate: bool) -> list[tuple[Any, ...]]:
+        how = sampling.Config(max_new_tokens=12, temperature=temperature)
+        engine = local.Local(loaded.model, talk, how, seed=0, slots=slots, speculate=speculate)
+        attempts = engine.run(prompts, partial(chain.generate, cfg=chain.Config(turns=3)))
+        return [(draft.token_ids, draft.sampler_logprobs) for attempt in attempts for draft in attempt.drafts]
+
+    together = drafts(7, speculate=True)
+    assert drafts(7, speculate=False) == together
+    assert drafts(1, speculate=True) == together
+    assert drafts(3, speculate=False) == together

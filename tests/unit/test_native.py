@@ -84,7 +84,8 @@ def held(heads: int, width: int, dtype: torch.dtype) -> tuple[Tensor, tuple[Tens
     wide = -(-width // ops.STEP) * ops.STEP
     cache = torch.zeros(SLOTS, heads, LENGTH, wide, dtype=dtype), torch.zeros(SLOTS, heads, LENGTH, wide, dtype=dtype)
     slot, place = torch.arange(SLOTS).repeat_interleave(LENGTH), torch.arange(LENGTH).repeat(SLOTS)
-    ops.keep(*plain.flatten(1, 2), slot, place, *cache)
+    keys, values = plain.flatten(1, 2)
+    ops.keep(keys, values, slot, place, *cache)
     return plain, cache
 
 
@@ -133,7 +134,7 @@ def test_places_behind_a_text_do_not_count():
     (keys, values), cache = held(2, 64, torch.bfloat16)
     before = attended(q, RUNS[:1], cache, (0.3, 0.0, 0))
     rest = torch.arange(1, LENGTH)
-    ops.keep(99 * keys[2, 1:], 99 * values[2, 1:], torch.full_like(rest, 2), rest, *cache)
+    ops.keep(99 * keys[2, 1:], 99 * values[2, 1:], torch.full_like(rest, 2), rest, cache[0], cache[1])
     assert torch.equal(attended(q, RUNS[:1], cache, (0.3, 0.0, 0)), before)
 
 

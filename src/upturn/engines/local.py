@@ -33,6 +33,7 @@ from upturn.errors import DataError
 from upturn.models import policy
 from upturn.models.chat import Chat
 from upturn.models.fused import fused
+from upturn.models.native import ops
 from upturn.types import Attempt, Draft, FinishReason, Kind, Prompt
 
 PREFILL_TOKENS = 4096
@@ -123,7 +124,8 @@ class Local:
         self._slots = [_Slot() for _ in range(self.num_slots)]
         self._queue: list[_Request] = []
         self._on_draft = on_draft
-        self._proposer = Proposer(_propose.COSTS.get(self.device.type, _propose.NO_SAVING))
+        kind = "tiles" if self._cache.native and ops.has_tiles(like.dtype) else self.device.type
+        self._proposer = Proposer(_propose.COSTS.get(kind, _propose.NO_SAVING))
         waiting = list(enumerate(prompts))[::-1]
         live: dict[int, asyncio.Task[list[Draft]]] = {}
         drafts: dict[int, list[Draft]] = {}
