@@ -191,3 +191,17 @@ def test_weights_are_packed_once_and_only_when_that_pays(monkeypatch: pytest.Mon
             held.append(forward._product)
     assert held[: packed.PATIENCE] == [None] * packed.PATIENCE
     assert len({id(weight) for weight in held[packed.PATIENCE :]}) == 1
+
+
+@pytest.mark.skipif(not ops.usable(torch.zeros(1)), reason="no C compiler, or not Linux")
+@pytest.mark.parametrize("biased", [(False, False), (True, True), (True, False)])
+@pytest.mark.parametrize("width", [96, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_layers_side_by_side(width: int, biased: tuple[bool, bool], dtype: torch.dtype):
+    torch.manual_seed(0)
+    gate, up = (nn.Linear(width, 164 if width == 100 else 160, bias=bias, dtype=dtype) for bias in biased)
+    x = torch.randn(5, width).to(dtype)
+    with torch.inference_mode():
+        both = torch.cat([gate(x), up(x)], 1)
+        torch.testing.assert_close(packed.Product((gate, up))(x), both)
+        torch.testing.assert_close(packed.Gated(gate, up)(x), ops.silu_mul(both))

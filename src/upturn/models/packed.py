@@ -63,15 +63,12 @@ class Product:
     __slots__ = ("_bias", "_panels", "_rows", "_weight")
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        self._weight: Tensor | None = _joined([layer.weight for layer in layers])
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        self._bias = _joined(biases) if biases else None
-        self._rows = len(self._weight)
-        self._panels = ops.packed(self._weight) if _pays(self._weight) else None
-        if self._panels is not None:
-            self._weight = None
-        elif available() and _pays(self._weight):
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
+        weight = _joined([layer.weight for layer in layers])
+        self._rows, self._bias = len(weight), _joined(_biases(layers)) if _biases(layers) else None
+        self._panels = ops.packed(weight) if _pays(weight) else None
+        if available() and _pays(weight) and self._panels is None:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._weight = weight if self._panels is None else None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._panels is not None:
@@ -84,32 +81,39 @@ class Product:
 
 
 class Gated:
-    """SiLU of one linear layer times another one over the same input."""
+    """SiLU of one linear layer times another one over the same input, `[T, d] -> [T, f]`."""
 
     __slots__ = ("_bias", "_both", "_panels", "_rows")
 
     def __init__(self, gate: nn.Linear, up: nn.Linear) -> None:
-        self._both, self._panels, self._rows = None, None, 2 * gate.out_features
-        half = ops.PANEL // 2
-        if _pays(gate.weight) and gate.out_features % half == 0:
-            weights, biases = (
-                [None if part is None else part.detach().unflatten(0, (-1, half)) for part in parts]
-                for parts in ((gate.weight, up.weight), (gate.bias, up.bias))
-            )
-            self._panels = ops.packed(torch.stack(weights, 1).flatten(0, 2))  # halves of a panel side by side
-            self._bias = None if biases[0] is None else torch.stack(biases, 1).flatten()
-        if self._panels is None:
-            self._both = Product((gate, up))
+        fits, biases = gate.out_features % (ops.PANEL // 2) == 0 and _pays(gate.weight), _biases((gate, up))
+        self._panels = ops.packed(_by_turns(gate.weight, up.weight)) if fits else None
+        self._rows, self._bias = 2 * gate.out_features, _by_turns(*biases) if biases and fits else None
+        self._both = Product((gate, up)) if self._panels is None else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`[T, d] -> [T, f]`."""
-        if self._both is not None:
-            return ops.silu_mul(self._both(x))
-        return ops.product(x, self._panels, self._rows, self._bias, gated=True)
+        if self._panels is not None:
+            return ops.product(x, self._panels, self._rows, self._bias, gated=True)
+        assert self._both is not None
+        return ops.silu_mul(self._both(x))
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0].detach() if len(parts) == 1 else torch.cat([part.detach() for part in parts])
+
+
+def _by_turns(gate: Tensor, up: Tensor) -> Tensor:
+    """Rows of both, half a panel of the one before half a panel of the other."""
+    halves = [part.detach().unflatten(0, (-1, ops.PANEL // 2)) for part in (gate, up)]
+    return torch.stack(halves, 1).flatten(0, 2)
+
+
+def _biases(layers: Sequence[nn.Linear]) -> list[Tensor]:
+    """Those of all layers, 0 where one has none; nothing where none has one."""
+    known: list[Tensor | None] = [layer.bias for layer in layers]
+    missing = [layer.weight.new_zeros(layer.out_features) for layer in layers]
+    filled = [zeros if bias is None else bias for bias, zeros in zip(known, missing, strict=True)]
+    return [] if all(bias is None for bias in known) else filled
 
 
 class _Packed:
