@@ -16,7 +16,7 @@ import argparse
 import asyncio
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -35,6 +35,8 @@ from upturn.tracking import progress
 from upturn.types import Attempt, Draft, Prompt, Requests
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+FEW, COPYING = 8, 2 / 3
+"""The goal for a refinement holds for so few chains at a time, where so many words of a draft are kept."""
 COUNTERS = ("num_forwards", "num_tokens_computed", "num_proposed", "num_accepted")
 
 
@@ -178,26 +180,48 @@ def main() -> None:
     task = keywords.load(keywords.Config())
     loaded = load.load(args.model, args.dtype, device=args.device)
     talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests(task.refine_request))
-    how = sampling.Config(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
-    setting = Setting(loaded.model, talk, how, args.turns, CLOCKS[args.clock])
-    refilled(setting, task.prompts("train", 0, 2), 2, 0, speculate=True)  # warm-up
-    turns = {}
-    for chains in args.chains:
-        prompts = task.prompts("test", 0, -(-max(chains, args.prompts) // chains) * chains)
-        arm = partial(by_turn, setting, prompts, chains)
-        turns[chains] = found = alternating(f"{chains} chains", arm, args.repeats)
-        for key, run in found.items():
-            for unit in ("draft", "token"):
-                share = run["refined"][f"seconds_per_{unit}"] / run["fresh"][f"seconds_per_{unit}"]
-                run[f"refined_over_fresh_per_{unit}"] = round(share, 3)
-            print(f"{chains} chains, {key}: a refinement costs {share:.2f} of a fresh turn per token", flush=True)
-    mixed = {}
-    for slots in args.slots:
-        arm = partial(refilled, setting, task.prompts("test", 0, args.refills * slots), slots)
-        mixed[slots] = found = alternating(f"{slots} slots", arm, args.repeats)
-        found["speedup"] = round(found["without"]["seconds_per_token"] / found["with"]["seconds_per_token"], 3)
-        print(f"{slots} slots: chains are {found['speedup']} times as fast with speculation", flush=True)
-    _rows.write("speculation", (), {"by_turn": turns, "refilled": mixed}, args)
+    rows, detail = list[_rows.Row](), dict[str, Any]()
+    for temperature in args.temperatures:
+        how = sampling.Config(temperature=temperature, max_new_tokens=args.max_new_tokens)
+        setting = Setting(loaded.model, talk, how, args.turns, CLOCKS[args.clock])
+        refilled(setting, task.prompts("train", 0, 2), 2, 0, speculate=True)  # warm-up
+        turns = {chains: _turns(setting, task, chains, args) for chains in args.chains}
+        mixed = {slots: _mixed(setting, task, slots, args) for slots in args.slots}
+        detail[str(temperature)] = {"by_turn": turns, "refilled": mixed}
+        rows += rows_of(temperature, turns, mixed)
+    _rows.write("speculation", rows, detail, args)
+
+
+def _turns(setting: Setting, task: Any, chains: int, args: argparse.Namespace) -> dict[str, Any]:
+    prompts = task.prompts("test", 0, -(-max(chains, args.prompts) // chains) * chains)
+    found = alternating(f"{chains} chains", partial(by_turn, setting, prompts, chains), args.repeats)
+    for run in found.values():
+        for unit in ("draft", "token"):
+            share = run["refined"][f"seconds_per_{unit}"] / run["fresh"][f"seconds_per_{unit}"]
+            run[f"refined_over_fresh_per_{unit}"] = round(share, 3)
+    return found
+
+
+def _mixed(setting: Setting, task: Any, slots: int, args: argparse.Namespace) -> dict[str, Any]:
+    arm = partial(refilled, setting, task.prompts("test", 0, args.refills * slots), slots)
+    found = alternating(f"{slots} slots", arm, args.repeats)
+    return found | {"speedup": found["without"]["seconds_per_token"] / found["with"]["seconds_per_token"]}
+
+
+def rows_of(temperature: float, turns: dict[int, Any], mixed: dict[int, Any]) -> Iterator[_rows.Row]:
+    """What a refinement costs beside a fresh turn, and what speculation is worth where slots are refilled."""
+    how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+    for chains, found in turns.items():
+        run, alone = found["with"], found["without"]["refined_over_fresh_per_draft"]
+        similar, taken = run["refined"]["similarity"], run["refined"]["acceptance"]
+        goal = "<= 0.5" if chains <= FEW and similar >= COPYING else ""
+        note = f"words kept {similar:.2f}, guesses accepted {taken:.2f}; without speculation {alone:.2f}"
+        name = f"a refinement over a fresh turn, {chains} at a time, {how}"
+        yield _rows.row(name, "share of the time", run["refined_over_fresh_per_draft"], goal=goal, note=note)
+    for slots, found in mixed.items():
+        similar = found["with"]["similarity"]
+        name = f"chains with speculation over without, {slots} slots refilled, {how}"
+        yield _rows.row(name, "times as fast", found["speedup"], goal=">= 1", note=f"words kept {similar:.2f}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -212,7 +236,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7])
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=_rows.RESULTS / "speculation.json")
