@@ -8,7 +8,8 @@ A refinement is guessed from the drafts it was shown (`_propose`): the guess is 
 place chooses its token with its own uniform number, and tokens count up to the first that was not the guess. So a
 draft is the same with and without speculation, at any temperature, where logits are the same: in float32 up to
 rounding, which moves a token only where a uniform number falls within it. In bfloat16 the last bits of a logit depend
-on the batch's shape, so drafts part at near-ties; their distribution is the same. How much is proposed follows from
+on the batch's shape, so drafts part at near-ties; their distribution is the same. On a CPU with matrix tiles (AMX) they
+do not, and drafts are the same to the bit. How much is proposed follows from
 counts and never from a clock: the same run gives the same bytes.
 """
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import nn
 from upturn.engines import _base, _propose, sampling
 from upturn.engines._base import Generate
 from upturn.engines._propose import Copying, Proposer
+from upturn.engines._requests import Request, Slot, shared
 from upturn.engines._slots import BEGIN, Slots, Span, StepPlan
 from upturn.errors import DataError
 from upturn.models import policy
@@ -42,31 +43,6 @@ TEMPLATE_TOKENS = 16
 """Least common beginning of all contexts that is worth a forward pass of its own."""
 BELOW_ONE = 1 - 2**-24
 """The greatest uniform number that single precision does not round to 1."""
-
-
-@dataclass(order=True, slots=True)
-class _Request:
-    order: tuple[int, int]
-    """(prompt, draft): earlier prompts first, so later turns come before new prompts."""
-    context: tuple[int, ...] = field(compare=False)
-    parents: tuple[int, ...] = field(compare=False)
-    turn: int = field(compare=False)
-    kind: Kind = field(compare=False)
-    request: str = field(compare=False)
-    uniforms: Any = field(compare=False)
-    done: asyncio.Future[Draft] = field(compare=False)
-    copying: Copying = field(compare=False)
-    cached: int = field(compare=False, default=0)
-    token_ids: list[int] = field(compare=False, default_factory=list)
-    logprobs: list[float] = field(compare=False, default_factory=list)
-
-
-@dataclass(slots=True)
-class _Slot:
-    prompt: int = -1
-    ids: list[int] = field(default_factory=list)
-    """Tokens whose keys and values are in the cache."""
-    request: _Request | None = None
 
 
 class Local:
@@ -121,8 +97,8 @@ class Local:
     ) -> list[Attempt]:
         like = next(self.model.parameters())
         self._cache = Slots(self._config, self.num_slots, like, self._slot_length)
-        self._slots = [_Slot() for _ in range(self.num_slots)]
-        self._queue: list[_Request] = []
+        self._slots = [Slot() for _ in range(self.num_slots)]
+        self._queue: list[Request] = []
         self._on_draft = on_draft
         kind = "tiles" if self._cache.native and ops.has_tiles(like.dtype) else self.device.type
         self._proposer = Proposer(_propose.COSTS.get(kind, _propose.NO_SAVING))
@@ -154,7 +130,7 @@ class Local:
         async def sample(prompt: Prompt, shown: Sequence[Draft], request: str = "", kind: Kind = "answer") -> Draft:
             nonlocal calls
             index, calls = calls, calls + 1
-            asked = _Request(
+            asked = Request(
                 order=(order, index),
                 context=self.chat.context(prompt.text, shown, request, kind),
                 parents=tuple(draft.index for draft in shown),
@@ -178,7 +154,7 @@ class Local:
     def _admit(self) -> None:
         """Give free slots to waiting requests. Siblings with one context wait until the first of them is computed."""
         budget, contexts = PREFILL_TOKENS, set[tuple[int, ...]]()
-        waiting: list[_Request] = []
+        waiting: list[Request] = []
         free = [row for row, slot in enumerate(self._slots) if slot.request is None]
         if not any(slot.ids for slot in self._slots):
             self._compute_template()
@@ -199,15 +175,15 @@ class Local:
         if not self._queue and not self._cache.native:
             self._compact()
 
-    def _take_over(self, row: int, request: _Request) -> None:
+    def _take_over(self, row: int, request: Request) -> None:
         """Put a request into a slot, with as much of its context as any slot already holds."""
         slot, wanted = self._slots[row], list(request.context[:-1])
-        own = best = _shared(slot.ids, wanted)
+        own = best = shared(slot.ids, wanted)
         donor = row
         mine = [other for other, held in enumerate(self._slots) if held.prompt == request.order[0]]
         for other in mine or range(self.num_slots):  # a new prompt: what others have of the template, or more
             ids = self._slots[other].ids
-            if ids[own : own + 1] == wanted[own : own + 1] and (size := _shared(ids, wanted)) > best:
+            if ids[own : own + 1] == wanted[own : own + 1] and (size := shared(ids, wanted)) > best:
                 donor, best = other, size
         if best > own:
             self._cache.copy(donor, row, own, best)
@@ -219,12 +195,12 @@ class Local:
         rows = [row for row, slot in enumerate(self._slots) if slot.request is not None]
         if not rows:
             return
-        running = [_running(self._slots[row]) for row in rows]
+        running = [self._slots[row].running for row in rows]
         guesses = self._proposer.propose([r.copying for r in running], [self._room(r) - 1 for r in running])
         fed, spans = list[int](), list[Span]()
         for row, request, guess in zip(rows, running, guesses, strict=True):
             start = len(self._slots[row].ids)
-            new = [*_behind(request, start), *guess]
+            new = [*request.behind(start), *guess]
             spans.append(Span(row, start, len(new), 1 + len(guess)))
             fed += new
         plan, hidden_T = self._forward(fed, spans)
@@ -248,11 +224,11 @@ class Local:
     def _compute_template(self) -> None:
         """What the first contexts of a run have in common, once: all slots will take it from the first one."""
         contexts = sorted(request.context[:-1] for request in self._queue if len(request.context) < self.longest)
-        if len(contexts) > 1 and (size := _shared([*contexts[0]], [*contexts[-1]])) >= TEMPLATE_TOKENS:
+        if len(contexts) > 1 and (size := shared([*contexts[0]], [*contexts[-1]])) >= TEMPLATE_TOKENS:
             self._slots[0].ids = [*contexts[0][:size]]
             self._forward(self._slots[0].ids, [Span(0, 0, size, 1)])
 
-    def _room(self, request: _Request) -> int:
+    def _room(self, request: Request) -> int:
         """How many tokens a running draft may still get."""
         size = len(request.token_ids)
         return min(self.max_new_tokens - size, self.longest - len(request.context) - size)
@@ -260,7 +236,7 @@ class Local:
     def _take(self, row: int, guess: tuple[int, ...], sampled: list[tuple[int, float]]) -> None:
         """Append sampled tokens up to the first that was not guessed. What was fed behind it will be overwritten."""
         slot = self._slots[row]
-        request, copying = _running(slot), _running(slot).copying
+        request, copying = slot.running, slot.running.copying
         accepted = _propose.num_equal(guess, [token for token, _ in sampled])
         self._proposer.learn(copying, accepted, len(guess))
         self.num_proposed += len(guess)
@@ -269,12 +245,12 @@ class Local:
             request.token_ids.append(token)
             request.logprobs.append(logprob)
             copying.pointer = copying.pointer.follow(request.token_ids)
-        slot.ids.extend(_behind(request, len(slot.ids))[:-1])
+        slot.ids.extend(request.behind(len(slot.ids))[:-1])
         if reason := self._reason(request):
             slot.request = None
             self._finish(request, reason)
 
-    def _reason(self, request: _Request) -> FinishReason | None:
+    def _reason(self, request: Request) -> FinishReason | None:
         """Why the draft ends with its last token, if it does."""
         if request.token_ids[-1] in self.chat.end_ids:
             return "stop"
@@ -282,7 +258,7 @@ class Local:
             return None
         return "length" if len(request.token_ids) >= self.max_new_tokens else "context"
 
-    def _finish(self, request: _Request, reason: FinishReason) -> None:
+    def _finish(self, request: Request, reason: FinishReason) -> None:
         draft = Draft(
             index=request.order[1],
             turn=request.turn,
@@ -306,28 +282,6 @@ class Local:
         for hole, row in zip(holes, reversed(busy), strict=False):
             self._cache.swap(hole, row, max(len(self._slots[hole].ids), len(self._slots[row].ids)))
             self._slots[hole], self._slots[row] = self._slots[row], self._slots[hole]
-
-
-def _shared(ids: list[int], wanted: list[int]) -> int:
-    """Length of the common prefix, by halving: comparing slices is much faster than comparing numbers."""
-    low, high = 0, min(len(ids), len(wanted))
-    if ids[:high] == wanted[:high]:
-        return high
-    while low + 1 < high:
-        middle = (low + high) // 2
-        low, high = (middle, high) if ids[low:middle] == wanted[low:middle] else (low, middle)
-    return low
-
-
-def _behind(request: _Request, start: int) -> list[int]:
-    """Context and answer so far from a place on, without looking at all of them."""
-    skipped = start - len(request.context)
-    return request.token_ids[skipped:] if skipped >= 0 else [*request.context[start:], *request.token_ids]
-
-
-def _running(slot: _Slot) -> _Request:
-    assert slot.request is not None
-    return slot.request
 
 
 async def _settle() -> None:
