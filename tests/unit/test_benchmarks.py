@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from upturn.models.native import ops
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -85,6 +87,14 @@ def test_operators_fall_into_their_groups():
     titles = ("linear layers", "attention", "attention", "copies and casts", profile.OTHERS)
     assert tuple(profile.group(name) for name in names) == titles
     assert profile.shares([("aten::mm", 3.0), ("aten::mul", 1.0)]) == {"linear layers": 0.75, profile.OTHERS: 0.25}
+
+
+@pytest.mark.skipif(not ops.usable(torch.zeros(1)), reason="no C compiler, or not Linux")
+def test_the_profile_sees_kernels():
+    logits, uniform, kernel = torch.zeros(200, 5000), torch.full((200,), 0.5), ops.sample
+    shares = module("_profile").of(lambda: ops.sample(logits, uniform, 1.0))
+    assert next(iter(shares)) == "choice of tokens and their log-probs"
+    assert ops.sample is kernel
 
 
 # arms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,11 @@ def attended(q: Tensor, runs: list[list[int]], cache: tuple[Tensor, Tensor], how
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (2, 3), (1, 4), (2, 7)])
 @pytest.mark.parametrize(("cap", "window"), [(0.0, 0), (0.0, 5), (2.0, 40)])
 def test_attention_over_slots(width: int, heads: int, groups: int, cap: float, window: int, dtype: torch.dtype):
+    check_attention(width, (heads, groups), (cap, window), dtype)
+
+
+def check_attention(width: int, sizes: tuple[int, int], limits: tuple[float, int], dtype: torch.dtype) -> None:
+    (heads, groups), (cap, window) = sizes, limits
     (keys, values), cache = held(heads, width, dtype)
     q = torch.randn(26, heads * groups, width).to(dtype)
     out = attended(q, RUNS, cache, (0.3, cap, window))
@@ -185,9 +191,24 @@ def without(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """Nothing built yet, and nothing kept of what a test builds."""
-    build.kernels.cache_clear()
+    kept = (build.kernels, ops._library, ops.has_tiles)
+    for function in kept:
+        function.cache_clear()
     yield
-    build.kernels.cache_clear()
+    for function in kept:
+        function.cache_clear()
+
+
+@needs_kernels
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of one family of processors")
+@pytest.mark.parametrize("flags", [("-mno-amx-tile", "-mno-amx-bf16"), ("-march=haswell",)])
+def test_attention_without_matrix_tiles(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("UPTURN_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
+    assert not ops.has_tiles(torch.bfloat16)
+    for width, sizes, limits in [(64, (2, 3), (0.0, 0)), (24, (1, 4), (0.0, 5)), (128, (2, 7), (2.0, 40))]:
+        check_attention(width, sizes, limits, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("fresh")
