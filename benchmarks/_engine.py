@@ -11,6 +11,7 @@ import _profile
 import torch
 
 from upturn.engines import local, sampling
+from upturn.lab._memory import keep_freed
 from upturn.models import chat, load
 from upturn.strategies import chain
 from upturn.tasks import keywords
@@ -39,6 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     progress.set_mode("quiet")
+    keep_freed()  # as every stage of a run does
     task = keywords.load(keywords.Config())
     loaded = load.load(args.model, "bfloat16", device="cpu")
     talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests(task.refine_request))

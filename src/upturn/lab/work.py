@@ -82,6 +82,7 @@ def generate(
 
     A chunk is always sampled as a whole, so that a resumed run has the same batches and the same bits.
     """
+    keep_freed()
     talk = chat.load(loaded.tokenizer, loaded.end_ids, s.requests, s.options.layout)
     if talk.notice:
         progress.say(f"{s.label}: {talk.notice}")
