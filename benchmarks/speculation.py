@@ -6,7 +6,7 @@ Turns      so many chains at a time, one slot each; a chain waits at the end of 
 Refilled   more chains than slots, turns mixed as the engine does it: turn 1 alone, then all turns. What the later
            turns take is the difference, and no turn waits for its slowest chain.
 Arms       with and without, by turns in one process, the other one first in every second repeat. Medians over
-           repeats. Drafts may differ in bfloat16, so seconds per token stand beside seconds per draft.
+           repeats. Drafts may differ in bfloat16 (not with AMX), so seconds per token stand beside seconds per draft.
 Clock      wall, or CPU seconds of the process: with one thread these hold on a machine that has other work too.
 """
 
@@ -188,7 +188,8 @@ def main() -> None:
         turns = {chains: _turns(setting, task, chains, args) for chains in args.chains}
         mixed = {slots: _mixed(setting, task, slots, args) for slots in args.slots}
         detail[str(temperature)] = {"by_turn": turns, "refilled": mixed}
-        rows += rows_of(temperature, turns, mixed)
+        device = "cpu" if next(loaded.model.parameters()).device.type == "cpu" else "gpu"
+        rows += [row.model_copy(update={"device": device}) for row in rows_of(temperature, turns, mixed)]
     _rows.write("speculation", rows, detail, args)
 
 

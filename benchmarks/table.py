@@ -13,7 +13,7 @@ import _rows
 
 DOCUMENT = _facts.HERE.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- table: written by benchmarks/table.py -->", "<!-- end of table -->"
-SIZES = ("prompts", "slots", "turns", "repeats")
+SIZES = ("prompts", "slots", "chains", "pairs", "turns", "repeats")
 """Options that the heading of a table tells, where a benchmark has them."""
 COLUMNS = ("what", "device", "unit", "ours", "peer", "ratio", "goal", "met", "how the peer ran")
 NO = "–"
@@ -51,10 +51,14 @@ def heading(record: dict[str, Any]) -> Iterable[str]:
     cores = f"{where['cores']} cores, {record['options'].get('threads', where['threads'])} threads"
     machine = f"{where['cpu']} ({where['cpu_id']}), {cores}, {where['memory_gib']} GiB"
     versions = f"Python {where['python']}, torch {where['torch']}, transformers {where['transformers']}"
-    sizes = "".join(f", {record['options'][name]} {name}" for name in SIZES if name in record["options"])
+    sizes = "".join(f", {name} {_size(record['options'][name])}" for name in SIZES if name in record["options"])
     changed = f" with {where['changed_files']} changed files" if where["changed_files"] else ""
     yield f"`{record['command']}`: {machine}; {versions}; commit {where['commit'][:10]}{changed}, {where['date'][:10]};"
     yield f"load {where['load_average']} when written; {clock}{sizes}.{quick}"
+
+
+def _size(value: int | list[int]) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def table(rows: Iterable[dict[str, Any]]) -> Iterable[str]:

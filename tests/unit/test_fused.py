@@ -23,6 +23,7 @@ from transformers import (
 
 from upturn.engines import local, sampling
 from upturn.engines._slots import Slots, Span, StepPlan
+from upturn.errors import ModelError
 from upturn.models import chat, fused, load, policy
 from upturn.models.native import ops
 from upturn.strategies import chain
@@ -47,6 +48,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
 }
+MORE = {"smollm3": {"no_rope_layers": [1, 0]}}
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 needs_kernels = pytest.mark.skipif(not ops.usable(torch.zeros(1)), reason="no C compiler, or not Linux")
 
@@ -244,11 +246,38 @@ def test_the_same_drafts_with_and_without_kernels(
     assert ids(drafts()) == ours
 
 
+@needs_kernels
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_copied_and_grown_slots(dtype: torch.dtype):
+    """A slot that takes over what another holds, from and to places within a block, attends like it."""
+    slots, how = Slots(made("llama", dtype).config, 2, torch.zeros(1, dtype=dtype), length=40), fused.How(0.2, None, None)
+    q, k, v = (torch.randn(1, heads, 60, 32).to(dtype) for heads in (6, 2, 2))
+
+    def attended(slot: int, start: int, count: int) -> Tensor:
+        part = (x[:, :, start : start + count] for x in (q, k, v))
+        return StepPlan(slots, [Span(slot, start, count, 1)]).attend(0, *part, how)[0, -1]
+
+    attended(0, 0, 45)
+    attended(1, 0, 7)
+    slots.copy(0, 1, 7, 45)
+    slots.reserve(200)
+    assert torch.equal(attended(1, 45, 15), attended(0, 45, 15))
+
+
+@needs_kernels
+def test_heads_that_the_config_did_not_promise_are_refused():
+    slots, how = Slots(made("llama", torch.bfloat16).config, 1, torch.zeros(1).bfloat16()), fused.How(0.2, None, None)
+    for heads, width, dtype in [(2, 64, torch.bfloat16), (1, 32, torch.bfloat16), (2, 32, torch.float32)]:
+        q, k, v = (torch.randn(1, count, 4, width).to(dtype) for count in (6, heads, heads))
+        with pytest.raises(ModelError, match="promises"):
+            StepPlan(slots, [Span(0, 0, 4, 1)]).attend(0, q, k, v, how)
+
+
 @pytest.mark.skipif(not ops.has_tiles(torch.bfloat16), reason="no matrix tiles (AMX) on this processor")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "smollm3"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_with_matrix_tiles_bfloat16_drafts_are_the_same_in_any_batch(tiny_model: Path, family: str, temperature: float):
-    loaded = replace(load.load(str(tiny_model), "bfloat16", device="cpu"), model=made(family, torch.bfloat16))
+    loaded = replace(load.load(str(tiny_model), "bfloat16", device="cpu"), model=made(family, torch.bfloat16, **MORE.get(family, {})))
     talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests("again"))
     prompts = [Prompt(f"p{place}", "abcdefghij"[: 2 + place]) for place in range(7)]
 
@@ -259,6 +288,7 @@ def test_with_matrix_tiles_bfloat16_drafts_are_the_same_in_any_batch(tiny_model:
         return [(draft.token_ids, draft.sampler_logprobs) for attempt in attempts for draft in attempt.drafts]
 
     together = drafts(7, speculate=True)
+    assert drafts(7, speculate=True) == together  # no layer changes its way after its first run
     assert drafts(7, speculate=False) == together
     assert drafts(1, speculate=True) == together
     assert drafts(3, speculate=False) == together

@@ -127,6 +127,10 @@ ATTENDED = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_of_a_token_does_not_depend_on_the_others(dtype: torch.dtype):
+    check_independence(dtype)
+
+
+def check_independence(dtype: torch.dtype) -> None:
     _, cache = held(2, 64, dtype)
     q = torch.randn(25, 6, 64).to(dtype)
     for how in ((0.3, 0.0, 0), (0.3, 0.0, 40)):
@@ -144,28 +148,48 @@ def test_places_behind_a_text_do_not_count():
     assert torch.equal(attended(q, RUNS[:1], cache, (0.3, 0.0, 0)), before)
 
 
-has_tiles = ops.packed(torch.zeros(32, 32, dtype=torch.bfloat16)) is not None
-needs_tiles = pytest.mark.skipif(not has_tiles, reason="no matrix tiles (AMX) on this processor")
+needs_tiles = pytest.mark.skipif(not ops.has_tiles(torch.bfloat16), reason="no matrix tiles (AMX) on this processor")
 
 
 @needs_tiles
-@pytest.mark.parametrize("rows", [1, 16, 17, 40, 1500])
-@pytest.mark.parametrize(("out", "width"), [(32, 32), (100, 64), (960, 1536)])
+@pytest.mark.parametrize("rows", [1, 16, 17, 40, 500, 1500])
+@pytest.mark.parametrize(("out", "width"), [(32, 32), (100, 64), (96, 1536), (40, 4864)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_product_with_a_packed_weight(rows: int, out: int, width: int, biased: bool):
     x, weight, bias = (torch.randn(size).bfloat16() for size in ((rows, width), (out, width), (out,)))
-    panels = ops.packed(weight)
-    assert panels is not None
-    exact = x.float() @ weight.float().T + (bias.float() if biased else 0)
+    panels, exact = ops.packed(weight), x.float() @ weight.float().T + (bias.float() if biased else 0)
     found = ops.product(x, panels, out, bias if biased else None)
     assert_near(found, exact)
     assert torch.equal(ops.product(x[-1:], panels, out, bias if biased else None), found[-1:])
 
 
 @needs_tiles
-def test_a_weight_that_tiles_cannot_take_is_left_alone():
-    assert ops.packed(torch.zeros(32, 40, dtype=torch.bfloat16)) is None
-    assert ops.packed(torch.zeros(32, 32)) is None
+def test_rows_are_shared_out_without_a_rest():
+    """As many rows as one part less than planned takes: with this depth that is where rounding up leaves nothing over."""
+    x, weight = torch.randn(3850, 1536).bfloat16(), torch.randn(32, 1536).bfloat16()
+    assert_near(ops.product(x, ops.packed(weight), 32), x.float() @ weight.float().T)
+
+
+@needs_tiles
+@pytest.mark.parametrize("rows", [1, 17, 700])
+def test_gated_product(rows: int):
+    x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(2, 5, 16, 96).bfloat16()
+    x[0] *= 100  # gates far beyond where the exponential ends
+    gate, up = ((x.float() @ part.flatten(0, 1).float().T).bfloat16() for part in weight)
+    panels = ops.packed(weight.transpose(0, 1).flatten(0, 2).contiguous())
+    found = ops.product(x, panels, 160, gated=True)
+    assert_near(found, torch.nn.functional.silu(gate) * up)
+    assert torch.equal(ops.product(x[-1:], panels, 160, gated=True), found[-1:])
+
+
+@needs_tiles
+def test_only_what_fits_is_multiplied_on_tiles():
+    assert not ops.fits_tiles(torch.zeros(32, 40, dtype=torch.bfloat16))
+    assert not ops.fits_tiles(torch.zeros(32, 32))
+    panels = ops.packed(torch.zeros(32, 64, dtype=torch.bfloat16))
+    for x in (torch.zeros(3, 64), torch.zeros(3, 32, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="a product of"):
+            ops.product(x, panels, 32)
 
 
 @needs_kernels
@@ -209,6 +233,7 @@ def test_attention_without_matrix_tiles(flags: tuple[str, ...], monkeypatch: pyt
     assert not ops.has_tiles(torch.bfloat16)
     for width, sizes, limits in [(64, (2, 3), (0.0, 0)), (24, (1, 4), (0.0, 5)), (128, (2, 7), (2.0, 40))]:
         check_attention(width, sizes, limits, torch.bfloat16)
+    check_independence(torch.bfloat16)
 
 
 @pytest.mark.usefixtures("fresh")

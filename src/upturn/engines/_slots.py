@@ -10,12 +10,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from upturn.errors import ModelError
 from upturn.models._attention import How, hidden, sdpa
 from upturn.models.native import ops
 
 BEGIN = 128
 """Tokens of a slot at first."""
-GROW = 32
+GROW = ops.STEP
 """Slots grow by whole steps of this many tokens: without kernels every slot is read as far as the longest one."""
 GROW_SHARE = 8
 """And by no less than this part of their length, so that copying them stays cheap however long they get."""
@@ -37,7 +38,9 @@ class Slots:
         layers: int = config.num_hidden_layers  # type: ignore[attr-defined]
         self.native = ops.usable(like)
         """Whether kernels attend: they read each slot as far as it is filled, wherever it lies, and lay it out."""
+        self.heads, self.width = heads, width
         wide = -(-width // ops.STEP) * ops.STEP if self.native else width
+        length = -(-length // GROW) * GROW
         self.keys = torch.zeros((layers, size, heads, length, wide), dtype=like.dtype, device=like.device)
         self.values = torch.zeros_like(self.keys)
 
@@ -61,7 +64,8 @@ class Slots:
             held[:, target, :, first:last] = held[:, source, :, first:last]
 
     def swap(self, one: int, other: int, length: int) -> None:
-        """Exchange the first tokens of two slots."""
+        """Exchange the first tokens of two slots. Not with kernels, which need no order of slots."""
+        assert not self.native
         for held in (self.keys, self.values):
             held[:, [one, other], :, :length] = held[:, [other, one], :, :length]
 
@@ -83,7 +87,7 @@ class StepPlan:
     """One forward pass: some slots each get new tokens, which see the slot's earlier tokens and each other.
 
     The new tokens lie one slot after the other in the flat step. Slots that decode bring one token and the guess
-    behind it, slots that begin bring their context. The last tokens of every slot, padded to the longest guess, form
+    behind it, slots that begin bring their context. Kernels take them as they are. Without kernels, the last tokens of every slot, padded to the longest guess, form
     one attention call over the cache as it lies; the earlier tokens of beginning slots form a second one.
     """
 
@@ -106,6 +110,7 @@ class StepPlan:
         q_T, k_T, v_T = (part[0].transpose(0, 1) for part in (q, k, v))  # [T, H, D]
         out_T = torch.empty(q_T.shape, dtype=q.dtype, device=q.device)
         if self.slots.native:
+            self._check(layer, q_T, k_T, v_T)
             (q_T,), (k_T, v_T) = _as_kernels_read(q_T), _as_kernels_read(k_T, v_T)
             ops.keep(k_T, v_T, self.row_T, self.place_T, keys, values)
             limits = (how.scaling, how.softcap or 0.0, how.window or 0)
@@ -118,6 +123,18 @@ class StepPlan:
             out = sdpa(part.queries(q_T), k_B, v_B, part.mask(how.window), how, few_queries=self._few_queries)
             part.put(out, out_T)
         return out_T[None]
+
+    def _check(self, layer: int, q_T: Tensor, k_T: Tensor, v_T: Tensor) -> None:
+        """Kernels trust what they are given, so it must be what the config promised."""
+        slots, like = self.slots, self.slots.keys.dtype
+        shape = (len(self.row_T), slots.heads, slots.width)
+        if k_T.shape != shape or v_T.shape != shape or q_T.shape[2] != slots.width or {q_T.dtype, k_T.dtype, v_T.dtype} != {like}:
+            raise ModelError(
+                f"layer {layer}",
+                f"Its keys are {k_T.dtype} {[*k_T.shape[1:]]} and its values {v_T.dtype} {[*v_T.shape[1:]]}, where the "
+                f"config of the model promises {like} [{slots.heads}, {slots.width}].",
+                "Serve this model (`vllm serve`) and name the endpoint instead: upturn asks any.",
+            )
 
     @cached_property
     def _runs_R4(self) -> Tensor:

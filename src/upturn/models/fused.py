@@ -2,7 +2,7 @@
 
 A layer of the common kind (RMS norm, attention with rotary embeddings, gated MLP with SiLU; Llama, Mistral, Qwen and
 relatives) spends more time in some forty small operations than in its matrix products. Here the three products that
-share an input are one, over packed weights, and what lies between them is five kernels (`native`). Any other layer
+share an input are one, over packed weights, and what lies between them is a few kernels (`native`). Any other layer
 keeps its own forward: each one is asked once whether it computes the same.
 """
 
@@ -39,7 +39,7 @@ def fused(model: nn.Module) -> Iterator[None]:
     Joined weights go when the block ends; weights must not change within it. They take as much memory again.
     """
     _attention.use_plans(model)
-    layers: list[Any] = [layer for layer in layers_of(model) if is_common(layer) and _SEEN.get(layer, True)]
+    layers: list[Any] = [layer for layer in layers_of(model) if is_common(layer) and _may_fuse(layer)]
     for layer in layers:
         layer.forward = _Maybe(layer)
     try:
@@ -134,6 +134,14 @@ def is_common(layer: nn.Module) -> bool:
     if not known or not plain or hooked or len({weight.dtype for weight in layer.parameters()}) > 1:
         return False
     return type(mlp.act_fn).__name__ in SILU and ops.usable(linears[0].weight)
+
+
+def _may_fuse(layer: nn.Module) -> bool:
+    """Whether a common layer is fusable, as far as that is known. With tiles it is tried at once: a layer must not
+    compute in one way in the first run of a process and in another one in the next."""
+    if ops.has_tiles(next(layer.parameters()).dtype):
+        return _fusable(layer) is not None
+    return _SEEN.get(layer, True) is not None
 
 
 def _fusable(layer: nn.Module) -> How | None:

@@ -31,14 +31,15 @@ NEEDED = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_suppor
 
 @contextmanager
 def packed(model: nn.Module, besides: Collection[nn.Module] = ()) -> Iterator[None]:
-    """Inside, linear layers called more than `PATIENCE` times compute from a packed copy of their weights.
+    """Inside, linear layers compute from a packed copy of their weights, without tiles from the third call on.
 
     The copies go when the block ends, so they are never older than the block; weights must not change within it. They
     take as much memory as the weights of these layers. Where packing brings nothing (other devices, other types, layers
     with a forward of their own) and within the parts `besides`, the model stays as it is.
     """
     others = {part for whole in besides for part in whole.modules()}
-    found = [layer for layer in model.modules() if layer not in others] if available() else []
+    pays = available() or ops.has_tiles(torch.bfloat16)
+    found = [layer for layer in model.modules() if layer not in others] if pays else []
     layers = [cast(nn.Linear, layer) for layer in found if is_plain(layer) and _pays(cast(nn.Linear, layer).weight)]
     for layer in layers:
         layer.forward = _Packed(layer)
@@ -64,15 +65,16 @@ class Product:
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         weight = _joined([layer.weight for layer in layers])
-        self._rows, self._bias = len(weight), _joined(_biases(layers)) if _biases(layers) else None
-        self._panels = ops.packed(weight) if _pays(weight) else None
+        biases = _biases(layers)
+        self._rows, self._bias = len(weight), _joined(biases) if biases else None
+        self._panels = ops.packed(weight) if _pays(weight) and ops.fits_tiles(weight) else None
         if available() and _pays(weight) and self._panels is None:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         self._weight = weight if self._panels is None else None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._panels is not None:
-            out = ops.product(x.flatten(0, -2), self._panels, self._rows, self._bias)
+            out = ops.product(x.reshape(-1, x.shape[-1]), self._panels, self._rows, self._bias)
             return out.view(*x.shape[:-1], self._rows)
         assert self._weight is not None
         if self._weight.is_mkldnn:
@@ -86,7 +88,8 @@ class Gated:
     __slots__ = ("_bias", "_both", "_panels", "_rows")
 
     def __init__(self, gate: nn.Linear, up: nn.Linear) -> None:
-        fits, biases = gate.out_features % (ops.PANEL // 2) == 0 and _pays(gate.weight), _biases((gate, up))
+        biases, fits = _biases((gate, up)), _pays(gate.weight) and ops.fits_tiles(gate.weight)
+        fits = fits and gate.out_features % (ops.PANEL // 2) == 0
         self._panels = ops.packed(_by_turns(gate.weight, up.weight)) if fits else None
         self._rows, self._bias = 2 * gate.out_features, _by_turns(*biases) if biases and fits else None
         self._both = Product((gate, up)) if self._panels is None else None
@@ -128,7 +131,7 @@ class _Packed:
     def __call__(self, input: Tensor) -> Tensor:
         layer = self._layer
         if self._product is None:
-            if self._calls < PATIENCE and not ops.has_tiles(input.dtype):
+            if self._calls < PATIENCE and not ops.fits_tiles(layer.weight):
                 self._calls += 1
                 return nn.functional.linear(input, layer.weight, layer.bias)
             self._product = Product([layer])

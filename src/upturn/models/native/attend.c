@@ -53,10 +53,9 @@ static inline vec with_pair(vec sum, const real *line, const real *pair) {
     memcpy(&both, pair, 4);
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(both), (__m512bh)_mm512_loadu_si512(line));
 #else
-    typedef uint32_t whole __attribute__((vector_size(4 * LANES)));
-    whole bits;
+    lanes bits;
     memcpy(&bits, line, sizeof bits);
-    return sum + (vec)(bits << 16) * load(pair[0]) + (vec)(bits & 0xffff0000u) * load(pair[1]);
+    return sum + (vec)(bits << 16) * load(pair[0]) + (vec)(bits & (int32_t)0xffff0000) * load(pair[1]);
 #endif
 }
 
@@ -136,8 +135,6 @@ static void mix_of(const block *b, const real *values) {
     }
 }
 
-typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
-
 /* All ones in the lanes of places from `low` up to `high`, the first lane being place t. */
 static inline lanes between_places(int64_t t, int64_t low, int64_t high) {
     lanes place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -155,11 +152,10 @@ static inline float weigh(float *scores, int64_t span, int64_t low, int64_t high
             for (int i = 0; i < LANES; i++) x[i] = cap * tanhf(x[i] / cap);
         if (t < low || t + LANES > high) {
             lanes seen = between_places(t, low, high);
-            x = (vec)(((lanes)x & seen) | ((lanes)((vec){0} - 3e38f) & ~seen));
+            x = chosen(seen, x, (vec){0} - 3e38f);
         }
         *(vec *)(scores + t) = x;
-        lanes more = x > top;
-        top = (vec)(((lanes)x & more) | ((lanes)top & ~more));
+        top = chosen(x > top, x, top);
     }
     float most = top[0];
     for (int i = 1; i < LANES; i++) most = top[i] > most ? top[i] : most;

@@ -52,13 +52,13 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
 
 
-def bound(dtype: torch.dtype, signatures: Mapping[str, str], failing: Collection[str]) -> Any:
-    """The library with the arguments of some functions declared, one letter each; those that can fail return an int."""
+def bound(dtype: torch.dtype, signatures: Mapping[str, str], answering: Collection[str]) -> Any:
+    """The library with the arguments of some functions declared, one letter each; the `answering` return an int."""
     found = kernels(dtype)
     for name, kinds in signatures.items() if found else ():
         function = getattr(found, name)
         function.argtypes = [_KINDS[kind] for kind in kinds]
-        function.restype = ctypes.c_int if name in failing else None
+        function.restype = ctypes.c_int if name in answering else None
     return found
 
 

@@ -1,4 +1,4 @@
-"""The kernels of kernels.c as functions of tensors. Inference only: nothing here has a gradient.
+"""The kernels of kernels.c, attend.c and product.c as functions of tensors. Inference only: nothing here has a gradient.
 
 Axes: `T` tokens, `d` width of the model, `H` heads, `D` width of a head.
 """
@@ -20,6 +20,7 @@ _SIGNATURES = {
     "keep": "iiiippppiipp",
     "attend": "ip" + "iiiip" + "iipp" + "ffip",
     "sample": "iippfpp",
+    "has_tiles": "",
     "pack": "iipp",
     "product": "iiipppip",
 }
@@ -94,29 +95,35 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor,
     return chosen, logprobs
 
 
-def packed(weight: Tensor) -> Tensor | None:
-    """A weight `[rows, d]` as matrix tiles take it; None where the processor has none, or not for this weight."""
-    rows, depth = weight.shape
-    library = _library(weight.dtype) if weight.device.type == "cpu" else None
-    panels = weight.new_empty(-(-rows // PANEL) * PANEL, depth) if library else weight
-    weight = weight.contiguous()
-    found = library and not library.pack(rows, depth, weight.data_ptr(), panels.data_ptr())
-    return panels if found else None
-
-
 @cache
 def has_tiles(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies numbers of this type on matrix tiles."""
-    return packed(torch.zeros(STEP, STEP, dtype=dtype)) is not None
+    library = _library(dtype)
+    return library is not None and bool(library.has_tiles())
+
+
+def fits_tiles(weight: Tensor) -> bool:
+    """Whether a weight `[rows, d]` can be packed for `product`."""
+    return weight.device.type == "cpu" and weight.shape[1] % STEP == 0 and has_tiles(weight.dtype)
+
+
+def packed(weight: Tensor) -> Tensor:
+    """A weight that fits, as matrix tiles take it."""
+    (rows, depth), weight = weight.shape, weight.contiguous()
+    panels = weight.new_empty(-(-rows // PANEL) * PANEL, depth)
+    _library(weight.dtype).pack(rows, depth, weight.data_ptr(), panels.data_ptr())
+    return panels
 
 
 def product(x: Tensor, panels: Tensor, rows: int, bias: Tensor | None = None, *, gated: bool = False) -> Tensor:
     """`x [T, d]` times the transpose of a packed weight, `[T, rows]`; no row of it depends on the others.
 
     Gated: of every `PANEL` rows of the weight the first half are the gates of the others, and what comes back is SiLU
-    of the ones times the others, `[T, rows / 2]`.
+    of the ones times the others, `[T, rows / 2]`. ValueError where `x` is not the weight's kind.
     """
     size, depth = x.shape
+    if x.dtype != panels.dtype or depth != panels.shape[1]:
+        raise ValueError(f"a product of {x.dtype} [{size}, {depth}] with a weight {panels.dtype} of {panels.shape[1]}")
     out = x.new_empty(size, rows // 2 if gated else rows)
     x, added = x.contiguous(), None if bias is None else bias.data_ptr()
     args = (x.data_ptr(), panels.data_ptr(), added, int(gated), out.data_ptr())
@@ -131,4 +138,4 @@ def _check(failed: int) -> None:
 
 @cache
 def _library(dtype: torch.dtype) -> Any:
-    return build.bound(dtype, _SIGNATURES, ("attend", "sample", "pack", "product"))
+    return build.bound(dtype, _SIGNATURES, ("attend", "sample", "has_tiles", "product"))

@@ -7,12 +7,13 @@
 #include "vec.h"
 
 #ifdef TILES
-enum { PANEL = 2 * SIDE, HELD = 1 << 20, LINE = 32 };
+enum { PANEL = 2 * SIDE, HELD = 1 << 20, CACHE_LINE = 32 };
 
-/* weight [rows, depth] -> panels of 32 rows: per 32 of the depth two right tiles. What lies beyond the rows is 0.
- * Returns 1 where it cannot be done. */
-int pack(int64_t rows, int64_t depth, const real *weight, real *panels) {
-    if (!tiles_allowed() || depth % DEPTH) return 1;
+int has_tiles(void) { return tiles_allowed(); }
+
+/* weight [rows, depth], a multiple of 32 -> panels of 32 rows: per 32 of the depth two right tiles. What lies beyond the
+ * rows is 0. */
+void pack(int64_t rows, int64_t depth, const real *weight, real *panels) {
     int64_t tiles = depth / DEPTH;
 #pragma omp parallel for schedule(static)
     for (int64_t half = 0; half < (rows + PANEL - 1) / PANEL * 2; half++)
@@ -26,7 +27,6 @@ int pack(int64_t rows, int64_t depth, const real *weight, real *panels) {
             real *tile = panels + ((half / 2 * tiles + t) * 2 + half % 2) * TILE;
             for (int r = 0; r < SIDE; r++) _mm512_store_si512(tile + r * DEPTH, pairs[r]);
         }
-    return 0;
 }
 
 /* Rows of x times a panel -> sums [32, 32]; 32 rows are read if there are more than 16, else 16. Meanwhile some lines of
@@ -40,7 +40,7 @@ static inline void rows_by_panel(int64_t tiles, const real *x, int64_t stride, i
         _tile_zero(2);
         _tile_zero(3);
         for (int64_t t = 0; t < tiles; t++) {
-            for (int64_t l = 0; l < lines; l++, next += LINE) _mm_prefetch(next, _MM_HINT_T1);
+            for (int64_t l = 0; l < lines; l++, next += CACHE_LINE) _mm_prefetch(next, _MM_HINT_T1);
             _tile_loadd(4, x + t * DEPTH, stride * 2);
             _tile_loadd(6, panel + 2 * t * TILE, 64);
             _tile_dpbf16ps(0, 4, 6);
@@ -87,7 +87,8 @@ int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *p
     if (!n) return 0;
     int64_t tiles = depth / DEPTH, size = depth * PANEL, count = (rows + PANEL - 1) / PANEL, full = n / PANEL * PANEL;
     int64_t width = gated ? rows / 2 : rows, step = gated ? SIDE : PANEL;
-    int64_t parts = n * depth * 2 / HELD + 1, held = ((n + parts - 1) / parts + PANEL - 1) / PANEL * PANEL;
+    int64_t most = n * depth * 2 / HELD + 1, held = ((n + most - 1) / most + PANEL - 1) / PANEL * PANEL;
+    int64_t parts = (n + held - 1) / held; /* of so many rows each that they stay near */
     int failed = 0;
 #pragma omp parallel
     {
@@ -105,12 +106,12 @@ int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *p
         for (int64_t task = 0; task < parts * count; task++) {
             int64_t first = task / count * held, last = first + held < n ? first + held : n, p = task % count;
             const real *more = bias ? bias + p * PANEL : NULL;
-            int64_t left = rows - p * PANEL, blocks = (last - first + PANEL - 1) / PANEL, lines = (32 + blocks - 1) / blocks;
+            int64_t left = rows - p * PANEL, blocks = (last - first + PANEL - 1) / PANEL, lines = (PANEL + blocks - 1) / blocks;
             vec bias1 = more ? load_some(more, left) : (vec){0};
             vec bias2 = more && left > LANES ? load_some(more + LANES, left - LANES) : (vec){0};
             for (int64_t i = first; rest && i < last; i += PANEL) {
                 int64_t some = last - i < PANEL ? last - i : PANEL;
-                const real *panel = panels + p * size, *next = panel + size + (i - first) / PANEL * tiles * lines * LINE;
+                const real *panel = panels + p * size, *next = panel + size + (i - first) / PANEL * tiles * lines * CACHE_LINE;
                 rows_by_panel(tiles, i < full ? x + i * depth : rest, depth, some > SIDE, panel, next, lines, sums);
                 for (int64_t r = 0; r < some; r++)
                     put_row(sums + r * PANEL, bias1, bias2, (int)gated, left, out + (i + r) * width + p * step);
@@ -122,7 +123,9 @@ int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *p
     return failed;
 }
 #else
-int pack(int64_t rows, int64_t depth, const real *weight, real *panels) { return 1; }
+int has_tiles(void) { return 0; }
+
+void pack(int64_t rows, int64_t depth, const real *weight, real *panels) {}
 
 int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *panels, const real *bias, int64_t gated,
             real *out) {

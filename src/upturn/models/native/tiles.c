@@ -5,7 +5,7 @@
  */
 #include "tiles.h"
 
-#if defined TILES && defined __AVX512BW__
+#ifdef TILES
 enum { HELD = 1 << 19 };
 
 /* Two rows of 16 numbers, side by side pair by pair. */

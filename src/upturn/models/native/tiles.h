@@ -6,7 +6,7 @@
 #pragma once
 #include "real.h"
 
-#if defined BF16 && defined __AMX_BF16__ && defined __AVX512BF16__ && defined __linux__
+#if defined BF16 && defined __AMX_BF16__ && defined __AVX512BF16__ && defined __AVX512BW__ && defined __linux__
 #define TILES
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -28,8 +28,9 @@ static inline int tiles_allowed(void) {
 
 /* Before a thread uses tiles; _tile_release() when it is done. */
 static inline void take_tiles(void) {
-    tile_layout shape = {.palette = 1};
-    for (int t = 0; t < 8; t++) shape.bytes[t] = 64, shape.rows[t] = SIDE;
+    /* static: some compilers believe that the instruction reads its first eight bytes only */
+    static const tile_layout shape = {
+        .palette = 1, .bytes = {64, 64, 64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
     _tile_loadconfig(&shape);
 }
 

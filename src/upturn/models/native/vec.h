@@ -5,6 +5,12 @@
 /* 16 numbers at once, on any machine: compilers split them where registers are shorter. */
 enum { LANES = 16 };
 typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
+
+/* The lanes of `one` where `which` is all ones, else those of `other`. */
+static inline vec chosen(lanes which, vec one, vec other) {
+    return (vec)(((lanes)one & which) | ((lanes)other & ~which));
+}
 
 static inline vec load_vec(const real *x) {
     vec out;
@@ -56,18 +62,15 @@ static inline float total(vec x) {
 }
 
 static inline vec between(vec x, float least, float most) {
-    typedef int32_t whole __attribute__((vector_size(4 * LANES)));
     vec low = (vec){0} + least, high = (vec){0} + most;
-    whole under = x < low, over = x > high;
-    return (vec)(((whole)low & under) | ((whole)high & over) | ((whole)x & ~(under | over)));
+    return chosen(x < low, low, chosen(x > high, high, x));
 }
 
 /* e^x to 2 units in the last place, as if x lay between -87 and 88. */
 static inline vec exp_vec(vec x) {
-    typedef int32_t whole __attribute__((vector_size(4 * LANES)));
     x = between(x, -87.0f, 88.0f);
     vec n = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's last bits are the nearest whole number */
-    whole exponent = (whole)n - 0x4b400000;
+    lanes exponent = (lanes)n - 0x4b400000;
     n -= 12582912.0f;
     vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     vec p = 1.3981999507e-3f + 1.9875691500e-4f * r;
@@ -85,13 +88,6 @@ static inline vec load_some(const real *x, int64_t some) {
     real row[LANES] = {0};
     memcpy(row, x, (size_t)some * sizeof(real));
     return load_vec(row);
-}
-
-/* The same with the least of numbers behind them. */
-static inline vec load_below(const real *x, int64_t some) {
-    vec out = load_some(x, some);
-    for (int64_t i = some; i < LANES; i++) out[i] = -3e38f;
-    return out;
 }
 
 static inline void store_some(real *to, vec x, int64_t some) {
