@@ -250,12 +250,15 @@ def test_the_same_drafts_with_and_without_kernels(
 @pytest.mark.parametrize("dtype", CLOSE)
 def test_copied_and_grown_slots(dtype: torch.dtype):
     """A slot that takes over what another holds, from and to places within a block, attends like it."""
-    slots, how = Slots(made("llama", dtype).config, 2, torch.zeros(1, dtype=dtype), length=40), fused.How(0.2, None, None)
+    slots, how = (
+        Slots(made("llama", dtype).config, 2, torch.zeros(1, dtype=dtype), length=40),
+        fused.How(0.2, None, None),
+    )
     q, k, v = (torch.randn(1, heads, 60, 32).to(dtype) for heads in (6, 2, 2))
 
     def attended(slot: int, start: int, count: int) -> Tensor:
-        part = (x[:, :, start : start + count] for x in (q, k, v))
-        return StepPlan(slots, [Span(slot, start, count, 1)]).attend(0, *part, how)[0, -1]
+        a, b, c = (x[:, :, start : start + count] for x in (q, k, v))
+        return StepPlan(slots, [Span(slot, start, count, 1)]).attend(0, a, b, c, how)[0, -1]
 
     attended(0, 0, 45)
     attended(1, 0, 7)
@@ -277,7 +280,9 @@ def test_heads_that_the_config_did_not_promise_are_refused():
 @pytest.mark.parametrize("family", [*FAMILIES, "smollm3"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_with_matrix_tiles_bfloat16_drafts_are_the_same_in_any_batch(tiny_model: Path, family: str, temperature: float):
-    loaded = replace(load.load(str(tiny_model), "bfloat16", device="cpu"), model=made(family, torch.bfloat16, **MORE.get(family, {})))
+    loaded = replace(
+        load.load(str(tiny_model), "bfloat16", device="cpu"), model=made(family, torch.bfloat16, **MORE.get(family, {}))
+    )
     talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests("again"))
     prompts = [Prompt(f"p{place}", "abcdefghij"[: 2 + place]) for place in range(7)]
 

@@ -165,7 +165,7 @@ def test_product_with_a_packed_weight(rows: int, out: int, width: int, biased: b
 
 @needs_tiles
 def test_rows_are_shared_out_without_a_rest():
-    """As many rows as one part less than planned takes: with this depth that is where rounding up leaves nothing over."""
+    """Parts are rounded up to whole panels: with this depth one part less takes all of these rows."""
     x, weight = torch.randn(3850, 1536).bfloat16(), torch.randn(32, 1536).bfloat16()
     assert_near(ops.product(x, ops.packed(weight), 32), x.float() @ weight.float().T)
 

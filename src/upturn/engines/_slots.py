@@ -87,8 +87,9 @@ class StepPlan:
     """One forward pass: some slots each get new tokens, which see the slot's earlier tokens and each other.
 
     The new tokens lie one slot after the other in the flat step. Slots that decode bring one token and the guess
-    behind it, slots that begin bring their context. Kernels take them as they are. Without kernels, the last tokens of every slot, padded to the longest guess, form
-    one attention call over the cache as it lies; the earlier tokens of beginning slots form a second one.
+    behind it, slots that begin bring their context. Kernels take them as they are. Without kernels, the last tokens of
+    every slot, padded to the longest guess, form one attention call over the cache as it lies; the earlier tokens of
+    beginning slots form a second one.
     """
 
     def __init__(self, slots: Slots, spans: Sequence[Span]) -> None:
@@ -128,7 +129,12 @@ class StepPlan:
         """Kernels trust what they are given, so it must be what the config promised."""
         slots, like = self.slots, self.slots.keys.dtype
         shape = (len(self.row_T), slots.heads, slots.width)
-        if k_T.shape != shape or v_T.shape != shape or q_T.shape[2] != slots.width or {q_T.dtype, k_T.dtype, v_T.dtype} != {like}:
+        if (
+            k_T.shape != shape
+            or v_T.shape != shape
+            or q_T.shape[2] != slots.width
+            or {q_T.dtype, k_T.dtype, v_T.dtype} != {like}
+        ):
             raise ModelError(
                 f"layer {layer}",
                 f"Its keys are {k_T.dtype} {[*k_T.shape[1:]]} and its values {v_T.dtype} {[*v_T.shape[1:]]}, where the "

@@ -1,4 +1,4 @@
-"""The kernels of kernels.c, attend.c and product.c as functions of tensors. Inference only: nothing here has a gradient.
+"""The kernels of kernels.c, attend.c and product.c as functions of tensors. Inference only: none has a gradient.
 
 Axes: `T` tokens, `d` width of the model, `H` heads, `D` width of a head.
 """

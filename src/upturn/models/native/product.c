@@ -54,7 +54,7 @@ static inline void rows_by_panel(int64_t tiles, const real *x, int64_t stride, i
         _tile_stored(3, sums + SIDE * PANEL + SIDE, PANEL * 4);
     } else
         for (int64_t t = 0; t < tiles; t++) {
-            for (int64_t l = 0; l < lines; l++, next += LINE) _mm_prefetch(next, _MM_HINT_T1);
+            for (int64_t l = 0; l < lines; l++, next += CACHE_LINE) _mm_prefetch(next, _MM_HINT_T1);
             _tile_loadd(4, x + t * DEPTH, stride * 2);
             _tile_loadd(6, panel + 2 * t * TILE, 64);
             _tile_dpbf16ps(0, 4, 6);
