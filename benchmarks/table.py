@@ -31,9 +31,17 @@ def main() -> None:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The records that have rows, by name of their file."""
+    """The records that have rows, by name of their file. What nobody has measured yet is told once."""
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return [record for record in records if record.get("rows")]
+    missing = set[str]()
+    for record in records:
+        rows, record["rows"] = record.get("rows", ()), []
+        for row in rows:
+            name = json.dumps([row["device"], row["name"]])
+            if row["ours"] is not None or name not in missing:
+                record["rows"].append(row)
+                missing |= {name} if row["ours"] is None else set()
+    return [record for record in records if record["rows"]]
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:

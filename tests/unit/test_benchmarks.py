@@ -218,6 +218,16 @@ def test_a_quick_check_is_named_as_such():
     assert "quick check" in "\n".join(table.heading(record([], quick=True)))
 
 
+def test_what_is_not_measured_is_told_once_and_sizes_by_the_heading(tmp_path: Path):
+    rows, table = module("_rows"), module("table")
+    for name, prompts in (("one", 96), ("two", [64, 128])):
+        found = [rows.missing("step", "tokens/s", "gpu"), rows.row(name, "s", 1)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(record(found, prompts=prompts)))
+    text = table.markdown(table.read(tmp_path))
+    assert text.count("not measured") == 1
+    assert "prompts 96." in text and "prompts 64 128." in text
+
+
 def test_the_table_needs_its_markers():
     table = module("table")
     with pytest.raises(ValueError, match="no '<!-- table"):
