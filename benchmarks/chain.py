@@ -206,7 +206,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5, help="measured runs of each arm")
-    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--slots", type=int, default=128)
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[*TEMPERATURES])
     parser.add_argument("--max-new-tokens", type=int, default=48)
