@@ -181,6 +181,7 @@ def main() -> None:
     loaded = load.load(args.model, args.dtype, device=args.device)
     talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests(task.refine_request))
     rows, detail = list[_rows.Row](), dict[str, Any]()
+    device = "cpu" if next(loaded.model.parameters()).device.type == "cpu" else "gpu"
     for temperature in args.temperatures:
         how = sampling.Config(temperature=temperature, max_new_tokens=args.max_new_tokens)
         setting = Setting(loaded.model, talk, how, args.turns, CLOCKS[args.clock])
@@ -188,8 +189,7 @@ def main() -> None:
         turns = {chains: _turns(setting, task, chains, args) for chains in args.chains}
         mixed = {slots: _mixed(setting, task, slots, args) for slots in args.slots}
         detail[str(temperature)] = {"by_turn": turns, "refilled": mixed}
-        device = "cpu" if next(loaded.model.parameters()).device.type == "cpu" else "gpu"
-        rows += [row.model_copy(update={"device": device}) for row in rows_of(temperature, turns, mixed)]
+        rows += rows_of(temperature, turns, mixed, device)
     _rows.write("speculation", rows, detail, args)
 
 
@@ -209,7 +209,7 @@ def _mixed(setting: Setting, task: Any, slots: int, args: argparse.Namespace) ->
     return found | {"speedup": found["without"]["seconds_per_token"] / found["with"]["seconds_per_token"]}
 
 
-def rows_of(temperature: float, turns: dict[int, Any], mixed: dict[int, Any]) -> Iterator[_rows.Row]:
+def rows_of(temperature: float, turns: dict[int, Any], mixed: dict[int, Any], device: str) -> Iterator[_rows.Row]:
     """What a refinement costs beside a fresh turn, and what speculation is worth where slots are refilled."""
     how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
     for chains, found in turns.items():
@@ -218,11 +218,12 @@ def rows_of(temperature: float, turns: dict[int, Any], mixed: dict[int, Any]) ->
         goal = "<= 0.5" if chains <= FEW and similar >= COPYING else ""
         note = f"words kept {similar:.2f}, guesses accepted {taken:.2f}; without speculation {alone:.2f}"
         name = f"a refinement over a fresh turn, {chains} at a time, {how}"
-        yield _rows.row(name, "share of the time", run["refined_over_fresh_per_draft"], goal=goal, note=note)
+        share = run["refined_over_fresh_per_draft"]
+        yield _rows.row(name, "share of the time", share, device=device, goal=goal, note=note)
     for slots, found in mixed.items():
-        similar = found["with"]["similarity"]
+        note = f"words kept {found['with']['similarity']:.2f}"
         name = f"chains with speculation over without, {slots} slots refilled, {how}"
-        yield _rows.row(name, "times as fast", found["speedup"], goal=">= 1", note=f"words kept {similar:.2f}")
+        yield _rows.row(name, "times as fast", found["speedup"], device=device, goal=">= 1", note=note)
 
 
 def _arguments() -> argparse.Namespace:

@@ -33,14 +33,16 @@ def main() -> None:
 def read(folder: Path) -> list[dict[str, Any]]:
     """The records that have rows, by name of their file. What nobody has measured yet is told once."""
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    missing = set[str]()
+    told = set[tuple[str, str]]()
     for record in records:
         rows, record["rows"] = record.get("rows", ()), []
         for row in rows:
-            name = json.dumps([row["device"], row["name"]])
-            if row["ours"] is not None or name not in missing:
-                record["rows"].append(row)
-                missing |= {name} if row["ours"] is None else set()
+            what = (row["device"], row["name"])
+            if row["ours"] is None:
+                if what in told:
+                    continue
+                told.add(what)
+            record["rows"].append(row)
     return [record for record in records if record["rows"]]
 
 

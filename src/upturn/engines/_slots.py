@@ -39,9 +39,8 @@ class Slots:
         self.native = ops.usable(like)
         """Whether kernels attend: they read each slot as far as it is filled, wherever it lies, and lay it out."""
         self.heads, self.width = heads, width
-        wide = -(-width // ops.STEP) * ops.STEP if self.native else width
-        length = -(-length // GROW) * GROW
-        self.keys = torch.zeros((layers, size, heads, length, wide), dtype=like.dtype, device=like.device)
+        wide = _whole_steps(width) if self.native else width
+        self.keys = torch.zeros((layers, size, heads, _whole_steps(length), wide), dtype=like.dtype, device=like.device)
         self.values = torch.zeros_like(self.keys)
 
     @property
@@ -53,13 +52,13 @@ class Slots:
         """Make every slot at least this long."""
         if length > self.length:
             wanted = max(length, self.length + self.length // GROW_SHARE)
-            more = -(-wanted // GROW) * GROW - self.length
+            more = _whole_steps(wanted) - self.length
             self.keys, self.values = (nn.functional.pad(old, (0, 0, 0, more)) for old in (self.keys, self.values))
 
     def copy(self, source: int, target: int, first: int, last: int) -> None:
         """Copy the places from `first` up to `last` of one slot into another, which begin alike."""
         if self.native:  # whole blocks: they begin in what is alike already, and end where nothing is yet
-            first, last = first // ops.STEP * ops.STEP, -(-last // ops.STEP) * ops.STEP
+            first, last = first // GROW * GROW, _whole_steps(last)
         for held in (self.keys, self.values):
             held[:, target, :, first:last] = held[:, source, :, first:last]
 
@@ -222,6 +221,10 @@ class _Part:
                 seen &= self._depth[:, :, None] - key < window
             self._masks[window] = hidden(seen[:, None])
         return self._masks[window]
+
+
+def _whole_steps(size: int) -> int:
+    return -(-size // GROW) * GROW
 
 
 def _as_kernels_read(*parts: Tensor) -> Sequence[Tensor]:

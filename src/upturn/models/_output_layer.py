@@ -33,8 +33,8 @@ def usable(model: nn.Module, hidden: Tensor) -> bool:
 
 def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Log-probabilities of target ids from hidden states, `[N, d], [V, d], [N] -> [N]` fp32."""
-    if len(targets) and int(targets.max()) >= len(weight):
-        raise IndexError(f"target {int(targets.max())} is out of a vocabulary of {len(weight)}")
+    if len(targets) and (greatest := int(targets.max())) >= len(weight):
+        raise IndexError(f"target {greatest} is out of a vocabulary of {len(weight)}")
     return cast(Tensor, _LogProbs.apply(hidden, weight, targets))
 
 

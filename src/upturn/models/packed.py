@@ -67,8 +67,8 @@ class Product:
         weight = _joined([layer.weight for layer in layers])
         biases = _biases(layers)
         self._rows, self._bias = len(weight), _joined(biases) if biases else None
-        self._panels = ops.packed(weight) if _pays(weight) and ops.fits_tiles(weight) else None
-        if available() and _pays(weight) and self._panels is None:
+        self._panels = ops.packed(weight) if _suits_tiles(weight) else None
+        if self._panels is None and available() and _pays(weight):
             weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         self._weight = weight if self._panels is None else None
 
@@ -88,8 +88,7 @@ class Gated:
     __slots__ = ("_bias", "_both", "_panels", "_rows")
 
     def __init__(self, gate: nn.Linear, up: nn.Linear) -> None:
-        biases, fits = _biases((gate, up)), _pays(gate.weight) and ops.fits_tiles(gate.weight)
-        fits = fits and gate.out_features % (ops.PANEL // 2) == 0
+        biases, fits = _biases((gate, up)), _suits_tiles(gate.weight) and gate.out_features % (ops.PANEL // 2) == 0
         self._panels = ops.packed(_by_turns(gate.weight, up.weight)) if fits else None
         self._rows, self._bias = 2 * gate.out_features, _by_turns(*biases) if biases and fits else None
         self._both = Product((gate, up)) if self._panels is None else None
@@ -131,7 +130,7 @@ class _Packed:
     def __call__(self, input: Tensor) -> Tensor:
         layer = self._layer
         if self._product is None:
-            if self._calls < PATIENCE and not ops.fits_tiles(layer.weight):
+            if self._calls < PATIENCE and not _suits_tiles(layer.weight):
                 self._calls += 1
                 return nn.functional.linear(input, layer.weight, layer.bias)
             self._product = Product([layer])
@@ -141,6 +140,10 @@ class _Packed:
 def is_plain(layer: nn.Module) -> bool:
     """A linear layer as torch made it; one that was adapted or quantised computes something else."""
     return type(layer) is nn.Linear and "forward" not in layer.__dict__
+
+
+def _suits_tiles(weight: Tensor) -> bool:
+    return _pays(weight) and ops.fits_tiles(weight)
 
 
 def _pays(weight: Tensor) -> bool:

@@ -24,8 +24,6 @@ _SIGNATURES = {
     "pack": "iipp",
     "product": "iiipppip",
 }
-
-
 PANEL = 32
 """Rows of a weight that are packed together."""
 STEP = 32

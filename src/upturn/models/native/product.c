@@ -36,33 +36,25 @@ static inline void rows_by_panel(int64_t tiles, const real *x, int64_t stride, i
     const real *below = x + SIDE * stride;
     _tile_zero(0);
     _tile_zero(1);
-    if (more) {
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t t = 0; t < tiles; t++) {
-            for (int64_t l = 0; l < lines; l++, next += CACHE_LINE) _mm_prefetch(next, _MM_HINT_T1);
-            _tile_loadd(4, x + t * DEPTH, stride * 2);
-            _tile_loadd(6, panel + 2 * t * TILE, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, panel + (2 * t + 1) * TILE, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, below + t * DEPTH, stride * 2);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(2, sums + SIDE * PANEL, PANEL * 4);
-        _tile_stored(3, sums + SIDE * PANEL + SIDE, PANEL * 4);
-    } else
-        for (int64_t t = 0; t < tiles; t++) {
-            for (int64_t l = 0; l < lines; l++, next += CACHE_LINE) _mm_prefetch(next, _MM_HINT_T1);
-            _tile_loadd(4, x + t * DEPTH, stride * 2);
-            _tile_loadd(6, panel + 2 * t * TILE, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, panel + (2 * t + 1) * TILE, 64);
-            _tile_dpbf16ps(1, 4, 7);
-        }
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t t = 0; t < tiles; t++) {
+        for (int64_t l = 0; l < lines; l++, next += CACHE_LINE) _mm_prefetch(next, _MM_HINT_T1);
+        _tile_loadd(4, x + t * DEPTH, stride * 2);
+        _tile_loadd(6, panel + 2 * t * TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, panel + (2 * t + 1) * TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (!more) continue;
+        _tile_loadd(5, below + t * DEPTH, stride * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
     _tile_stored(0, sums, PANEL * 4);
     _tile_stored(1, sums + SIDE, PANEL * 4);
+    if (!more) return;
+    _tile_stored(2, sums + SIDE * PANEL, PANEL * 4);
+    _tile_stored(3, sums + SIDE * PANEL + SIDE, PANEL * 4);
 }
 
 /* A row of sums, and its place in the result: as it is, or SiLU of the first half times the second. */
