@@ -6,6 +6,8 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from upturn import numerics, trees
-from upturn.models import _output_layer, fused, fused_training, policy
+from upturn.models import _memory, _output_layer, fused, fused_training, policy
 from upturn.models._tree_attention import Heads, attend, attend_back
 from upturn.models._tree_plan import TreePlan
 from upturn.models.native import back, ops
@@ -54,12 +56,12 @@ def tiny(config: Any, dtype: torch.dtype, **more: Any) -> nn.Module:
     return model
 
 
-def forest() -> trees.TokenTree:
+def forest(stem: int = 20, branch: int = 9) -> trees.TokenTree:
     rng = random.Random(0)
-    stem = tuple(rng.choices(range(3, 96), k=20))
-    branches = [tuple(rng.choices(range(3, 96), k=9)) for _ in range(4)]
-    rows = [Sample(stem, branch) for branch in branches]
-    return trees.build([*rows, *(Sample(stem + branches[0] + (5,), branch) for branch in branches)])
+    root = tuple(rng.choices(range(3, 96), k=stem))
+    branches = [tuple(rng.choices(range(3, 96), k=branch)) for _ in range(4)]
+    rows = [Sample(root, answer) for answer in branches]
+    return trees.build([*rows, *(Sample(root + branches[0] + (5,), answer) for answer in branches)])
 
 
 def learnt(model: nn.Module, tree: trees.TokenTree) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -93,6 +95,25 @@ def test_fused_layers_learn_as_plain_ones_do(
     assert set(grads) == set(plain_grads) == {name for name, _ in model.named_parameters()}
     for name, grad in plain_grads.items():
         assert_near(grads[name], grad, dtype, name)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_what_is_kept_or_made_again_has_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    model, tree, found = tiny(LlamaConfig, dtype), forest(), []
+    learnt(model, tree)  # each layer is tried once
+    for free in (2**40, 0):
+        monkeypatch.setattr(_memory, "free", lambda free=free: free)
+        made = Counter[str]()
+        monkeypatch.setattr(fused_training, "_gate_up", partial(_counted, made, fused_training._gate_up))
+        found.append(learnt(model, tree)[1])
+        monkeypatch.undo()
+        assert made["calls"] == (2 if free else 4)  # of two layers, once forward and once again
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
+
+
+def _counted(made: Counter[str], work: Callable[..., Any], *args: Any) -> Any:
+    made["calls"] += 1
+    return work(*args)
 
 
 def test_a_model_without_plans_yet_is_fused_at_once():
@@ -207,11 +228,15 @@ def test_gate_and_rotation_have_the_gradients_of_autograd(dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("window", [None, 7])
-def test_attention_has_the_gradient_of_autograd(dtype: torch.dtype, window: int | None):
+@pytest.mark.parametrize("width", [8, 32, 96])
+@pytest.mark.parametrize("lengths", [(20, 9), (260, 70)])
+def test_attention_has_the_gradient_of_autograd(
+    dtype: torch.dtype, window: int | None, width: int, lengths: tuple[int, int]
+):
     torch.manual_seed(0)
-    tree = forest()
+    tree = forest(*lengths)
     size, plan = len(tree.ids_T), TreePlan(tree, flex=False)
-    qkv, g = torch.randn(size, 4 + 2 * 2, 8).to(dtype), torch.randn(size, 4, 8).to(dtype)
+    qkv, g = torch.randn(size, 4 + 2 * 2, width).to(dtype), torch.randn(size, 4, width).to(dtype)
     wide = qkv.double().requires_grad_()
     q, k, v = wide.transpose(0, 1).split((4, 2, 2))
     places, depth = torch.arange(size), tree.positions_T
@@ -220,8 +245,8 @@ def test_attention_has_the_gradient_of_autograd(dtype: torch.dtype, window: int 
     k, v = (part.repeat_interleave(2, 0) for part in (k, v))
     expected = ((q @ k.mT * 0.3).masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1)
     heads = Heads(qkv, 2)
-    assert_near(attend(heads, plan.groups(window), 0.3), expected.detach(), dtype)
-    found = attend_back(heads, g, plan.groups(window), plan.copies(2), 0.3)
+    assert_near(attend(heads, plan.units(window), 0.3), expected.detach(), dtype)
+    found = attend_back(heads, g, plan.units(window), plan.copies(2), 0.3)
     assert_near(found.all, torch.autograd.grad(expected, wide, g.double())[0], dtype)
 
 

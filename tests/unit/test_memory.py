@@ -1,12 +1,15 @@
-"""Memory that a stage freed does not weigh on the next one."""
+"""Memory that a stage freed does not weigh on the next one; what is free, as the machine or the container says."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from upturn.models import _memory
 
 FREED = """
 from pathlib import Path
@@ -33,3 +36,24 @@ def test_freed_pages_are_kept_until_they_are_given_back():
     full, kept, left = map(int, done.stdout.split())
     assert full - kept < 100
     assert full - left > 700
+
+
+@pytest.mark.parametrize(
+    ("limit", "free"), [("max", 3000 * 2**10), (str(2**21), 2**20), (str(2**19), 0), (None, 3000 * 2**10)]
+)
+def test_free_memory_is_that_of_the_tighter_bound(
+    limit: str | None, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    3000 kB\n")
+    if limit:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text(f"{2**20}\n")
+    monkeypatch.setattr(_memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(_memory, "GROUP", tmp_path)
+    assert _memory.free() == free
+
+
+def test_where_nobody_tells_no_memory_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_memory, "MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(_memory, "GROUP", tmp_path)
+    assert _memory.free() == 0

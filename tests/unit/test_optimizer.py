@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from upturn.models.native import ops
+from upturn.models.native import back, ops
 from upturn.training import _masters, plan
 from upturn.training.optimizer import MasterAdamW
 
@@ -20,11 +20,13 @@ def net(dtype: torch.dtype) -> nn.Module:
     return nn.Sequential(nn.Linear(70, 80), nn.Linear(80, 3, bias=False)).to(dtype)
 
 
-def take_steps(model: nn.Module, optimizer: MasterAdamW, count: int = 4, first: int = 0) -> list[float]:
-    """Steps of two micro-batches and a weight of 3; the second layer is left out of the second step."""
+def take_steps(
+    model: nn.Module, optimizer: MasterAdamW, count: int = 4, first: int = 0, batches: int = 2
+) -> list[float]:
+    """Steps of some micro-batches and a weight of 3; the second layer is left out of the second step."""
     norms = []
     for step in range(first, first + count):
-        for batch in range(2):
+        for batch in range(batches):
             x = torch.randn(5, 70, generator=torch.Generator().manual_seed(10 * step + batch))
             part = model[:1] if step == 1 else model  # type: ignore[index]
             optimizer.backward(part(x.to(next(model.parameters()).dtype)).float().square().sum())
@@ -33,16 +35,17 @@ def take_steps(model: nn.Module, optimizer: MasterAdamW, count: int = 4, first: 
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_updates_are_those_of_torch(native: bool, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("batches", [1, 2, 3])
+def test_updates_are_those_of_torch(native: bool, batches: int, monkeypatch: pytest.MonkeyPatch):
     if not native:
         monkeypatch.setattr(_masters.ops, "usable", lambda like: False)
     ours, theirs = net(torch.float32), net(torch.float32)
     optimizer = MasterAdamW(ours, CFG)
     adam = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.1)
-    for step, norm in enumerate(take_steps(ours, optimizer)):
+    for step, norm in enumerate(take_steps(ours, optimizer, batches=batches)):
         for parameter in theirs.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        for batch in range(2):
+        for batch in range(batches):
             x = torch.randn(5, 70, generator=torch.Generator().manual_seed(10 * step + batch))
             ((theirs[:1] if step == 1 else theirs)(x).square().sum() / 3).backward()  # type: ignore[index,operator]
         assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)), rel=1e-4)
@@ -65,6 +68,18 @@ def test_kernels_and_torch_update_alike_and_read_each_others_files(tmp_path: Pat
     take_steps(other, theirs, 2, first=4)
     for a, b in zip(ours.masters, theirs.masters, strict=True):
         torch.testing.assert_close(a.value(), b.value(), rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not ops.usable(torch.zeros(1, dtype=torch.bfloat16)), reason="no kernels on this machine")
+def test_an_update_reads_a_gradient_of_either_type():
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.manual_seed(0)
+        weight, grad = torch.randn(9, 600).bfloat16(), torch.randn(9, 600).bfloat16()
+        low, state = torch.zeros_like(weight, dtype=torch.int16), (torch.zeros(9, 600), torch.zeros(9, 600))
+        back.adamw(weight, low, (grad.to(dtype), *state), (0.5, 0.9, 0.99, 1e-8, 0.1, 0.1, 0.999))
+        found.append((weight, low, *state))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.skipif(not ops.usable(torch.zeros(1, dtype=torch.bfloat16)), reason="no kernels on this machine")

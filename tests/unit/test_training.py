@@ -98,13 +98,15 @@ def test_micro_batches_do_not_matter(tiny_model: Path, tmp_path: Path):
 def test_gradients_are_summed_over_micro_batches_and_leave_the_weights():
     model = torch.nn.Linear(2, 1, bias=False).to(torch.bfloat16)
     optimizer = MasterAdamW(model, plan.Config())
-    for factor in (1.0, 2.0):
+    for factor, held in ((1.0, torch.bfloat16), (2.0, torch.float32), (2**-7, torch.float32)):
         optimizer.backward(factor * model(torch.tensor([[3.0, 5.0]], dtype=torch.bfloat16)).sum())
         assert model.weight.grad is None
-    assert optimizer.sums[0].tolist() == [[9.0, 15.0]]
+        assert optimizer.grads[0].dtype == held  # one gradient is its own sum
+    expected = [[9.0 + 3 / 128, 15.0 + 5 / 128]]  # bfloat16 would lose the small one
+    assert optimizer.grads[0].tolist() == expected
     model(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()  # another's backward pass is left alone
     assert model.weight.grad is not None
-    assert optimizer.sums[0].tolist() == [[9.0, 15.0]]
+    assert optimizer.grads[0].tolist() == expected
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])

@@ -1,6 +1,7 @@
-"""Attention over the units of a token tree on a CPU, with its gradient: kernels between plain matrix products.
+"""Attention over the units of a token tree on a CPU, with its gradient.
 
-Nothing is kept for the backward pass but queries, keys and values: scores are computed again there.
+Where the processor has matrix tiles one kernel does it all (`native/tree.c`), elsewhere kernels between plain matrix
+products. Nothing is kept for the backward pass but queries, keys and values: scores are computed again there.
 
 Axes: `T` tokens, `H` query heads, `Hkv` key heads, `D` their width, `B` units of a group, `Q` and `K` their queries and
 keys.
@@ -10,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from upturn.models.native import back
+from upturn.models.native import back, ops
 
 Copies = tuple[Tensor, Tensor, Tensor]
 """Where the copies of each token begin in a list `[T + 1]`; their rows for head 0, and the rows between heads."""
@@ -32,6 +34,27 @@ class Group:
     """Which keys a query sees `[B, Q, K]`; every query sees one."""
 
 
+@dataclass(frozen=True)
+class Units:
+    """All units of a tree, in groups."""
+
+    groups: Sequence[Group]
+
+    @cached_property
+    def table(self) -> Tensor:
+        """Where the parts of each unit lie, as tree.c takes it: `[U, 7]`, the largest unit first."""
+        rows: list[tuple[int, ...]] = []
+        start = 0
+        for group in self.groups:
+            counts = zip((group.queries >= 0).sum(1).tolist(), (group.keys >= 0).sum(1).tolist(), strict=True)
+            width = group.keys.shape[1]
+            for place, (queries, keys) in enumerate(counts):
+                parts = (part[place].data_ptr() for part in (group.queries, group.keys, group.seen))
+                rows.append((queries, keys, *parts, width, start + place * width))
+            start += group.keys.numel()
+        return torch.tensor(sorted(rows, key=lambda row: -row[0] * row[1]))
+
+
 @dataclass(frozen=True, slots=True)
 class Heads:
     """Queries, keys and values of all tokens side by side, `[T, H + 2 Hkv, D]`, or their gradients."""
@@ -47,11 +70,14 @@ class Heads:
         return q, k, v
 
 
-def attend(heads: Heads, groups: Sequence[Group], scaling: float) -> Tensor:
+def attend(heads: Heads, units: Units, scaling: float) -> Tensor:
     """`[T, H, D]`."""
     q = heads.parts[0]
     out = q.new_empty(q.shape)
-    for group in groups:
+    if _fits_tiles(heads):
+        back.tree_attend(heads.all, heads.kv_heads, units.table, scaling, out)
+        return out
+    for group in units.groups:
         q_B, k_B, v_B = _gathered(heads, group)
         scores = torch.bmm(q_B, k_B.mT)
         back.softmax_(_by_unit(scores, group), group.seen, scaling)
@@ -59,12 +85,24 @@ def attend(heads: Heads, groups: Sequence[Group], scaling: float) -> Tensor:
     return out
 
 
-def attend_back(heads: Heads, g: Tensor, groups: Sequence[Group], copies: Copies, scaling: float) -> Heads:
+def attend_back(heads: Heads, g: Tensor, units: Units, copies: Copies, scaling: float) -> Heads:
     """The gradient of queries, keys and values, given that of what they attended to, `g [T, H, D]`."""
     out = Heads(torch.empty_like(heads.all), heads.kv_heads)
-    q_out, k_out, v_out = out.parts
-    rows = heads.kv_heads * sum(group.keys.numel() for group in groups)
+    rows = heads.kv_heads * sum(group.keys.numel() for group in units.groups)
     keys, values = heads.all.new_empty(2, rows, g.shape[2])
+    if _fits_tiles(heads):
+        back.tree_attend_back(heads.all, heads.kv_heads, units.table, scaling, g, (out.all, keys, values))
+    else:
+        _attend_back(heads, g, units.groups, scaling, (out.parts[0], keys, values))
+    for part, found in zip(out.parts[1:], (keys, values), strict=True):
+        back.collect(found, copies, part)
+    return out
+
+
+def _attend_back(
+    heads: Heads, g: Tensor, groups: Sequence[Group], scaling: float, out: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    q_out, keys, values = out
     done = 0
     for group in groups:
         q_B, k_B, v_B = _gathered(heads, group)
@@ -76,9 +114,10 @@ def attend_back(heads: Heads, g: Tensor, groups: Sequence[Group], copies: Copies
         torch.bmm(g_scores.mT, q_B, out=keys[here].view_as(k_B))
         back.unspread(_by_unit(torch.bmm(g_scores, k_B), group), group.queries, q_out)
         done = here.stop
-    back.collect(keys, copies, k_out)
-    back.collect(values, copies, v_out)
-    return out
+
+
+def _fits_tiles(heads: Heads) -> bool:
+    return ops.has_tiles(heads.all.dtype) and heads.all.shape[2] % ops.STEP == 0
 
 
 def copies(keys: Sequence[Tensor], num_tokens: int, kv_heads: int) -> Copies:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from upturn.models._attention import How, hidden, sdpa
-from upturn.models._tree_attention import Copies, Group, copies
+from upturn.models._tree_attention import Copies, Group, Units, copies
 from upturn.trees import Span, TokenTree
 
 UNIT_TOKENS = 192
@@ -32,7 +32,7 @@ class TreePlan:
         self.tree = tree
         self.flex = tree.ids_T.is_cuda if flex is None else flex
         self._masks: dict[int | None, Any] = {}
-        self._seen: dict[int | None, list[Group]] = {}
+        self._units: dict[int | None, Units] = {}
         self._copies: dict[int, Copies] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
@@ -62,12 +62,12 @@ class TreePlan:
         device = self.tree.ids_T.device
         return [(_padded([q for q, _ in g], device), _padded([k for _, k in g], device)) for g in groups]
 
-    def groups(self, window: int | None) -> list[Group]:
+    def units(self, window: int | None) -> Units:
         """The units of the CPU path with what each query sees."""
-        if window not in self._seen:
+        if window not in self._units:
             seen = self._visible(window)
-            self._seen[window] = [Group(q, k, s) for (q, k), s in zip(self._groups, seen, strict=True)]
-        return self._seen[window]
+            self._units[window] = Units([Group(q, k, s) for (q, k), s in zip(self._groups, seen, strict=True)])
+        return self._units[window]
 
     def copies(self, kv_heads: int) -> Copies:
         """Where the copies of each token's key lie, all groups end to end."""

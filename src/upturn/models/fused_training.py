@@ -1,14 +1,14 @@
 """Decoder layers that learn, in fewer passes over memory and with less of it kept, for training on a CPU.
 
 The counterpart of `fused` for log-probs of trees: the same kind of layer, one autograd function each. It keeps what
-enters the two norms, the rotated heads and what they attended to; norms, scores and the gated product with its inputs
-are computed again in the backward pass: the gate alone would be half of the memory, and costs 4% of the time. Every
-weight stays a parameter of its own and gets its own gradient.
+enters the two norms, the rotated heads and what they attended to; norms, scores and the gated product are computed
+again in the backward pass. So are the inputs of the gate where memory is short: they are half of what a layer holds and
+a twelfth of a step. Either way gives the same bits. Every weight stays a parameter and gets its own gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from upturn import trees
-from upturn.models import _attention, fused
+from upturn.models import _attention, _memory, fused
 from upturn.models._attention import How
 from upturn.models._tree_attention import Heads, attend, attend_back
 from upturn.models._tree_plan import TreePlan
 from upturn.models.native import back, ops
 from upturn.types import Sample
+
+SHARE_OF_FREE = 8
+"""The inputs of all gates may take one part in so many of the memory that is free."""
 
 
 @contextmanager
@@ -34,13 +37,20 @@ def fused_training(model: nn.Module, plan: TreePlan) -> Iterator[None]:
     _attention.use_plans(model)
     known = {} if plan.flex else {layer: how for layer in fused.layers_of(model) if (how := _fusable(layer))}
     layers: list[Any] = [*known]
+    keeps_gates = SHARE_OF_FREE * _gates_bytes(layers, len(plan.tree.ids_T)) <= _memory.free()
     for layer in layers:
-        layer.forward = _Fused(layer, known[layer])
+        layer.forward = _Fused(layer, known[layer], keeps_gates=keeps_gates)
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward
+
+
+def _gates_bytes(layers: Iterable[Any], tokens: int) -> int:
+    """What the inputs of all gates take."""
+    weights: list[Tensor] = [layer.mlp.gate_proj.weight for layer in layers]
+    return sum(2 * tokens * len(weight) * weight.element_size() for weight in weights)
 
 
 class _Weights(NamedTuple):
@@ -79,15 +89,17 @@ class _Around:
     """Of both norms of the layer, and of those of queries and keys."""
     width: int
     """Of a head."""
+    keeps_gates: bool
+    """Whether the inputs of the gate wait for the backward pass."""
 
 
 class _Fused:
     """The forward of one layer."""
 
-    __slots__ = ("_eps", "_how", "_layer", "_weights", "_width")
+    __slots__ = ("_eps", "_how", "_keeps_gates", "_layer", "_weights", "_width")
 
-    def __init__(self, layer: Any, how: How) -> None:
-        self._layer = layer
+    def __init__(self, layer: Any, how: How, *, keeps_gates: bool) -> None:
+        self._layer, self._keeps_gates = layer, keeps_gates
         a, mlp = layer.self_attn, layer.mlp
         norms = [getattr(a, name, None) for name in ("q_norm", "k_norm")]
         before, after = layer.input_layernorm, layer.post_attention_layernorm
@@ -108,7 +120,7 @@ class _Fused:
         if not fused.is_usual(self._layer, hidden_states, kwargs):
             return fused.plain(self._layer, hidden_states, *args, **kwargs)
         cos, sin = kwargs["position_embeddings"]
-        around = _Around(cos[0], sin[0], kwargs["upturn_plan"], self._how, self._eps, self._width)
+        around = _Around(cos[0], sin[0], kwargs["upturn_plan"], self._how, self._eps, self._width, self._keeps_gates)
         return _Layer.apply(hidden_states[0], around, *self._weights)[None]  # type: ignore[index]
 
 
@@ -119,20 +131,21 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, around: _Around, *weights: Tensor | None) -> Tensor:
         w = _Weights(*weights)  # type: ignore[arg-type]
         heads, raw = _heads(x, around, w)
-        attended = attend(heads, around.plan.groups(around.how.window), around.how.scaling).flatten(1)
+        attended = attend(heads, around.plan.units(around.how.window), around.how.scaling).flatten(1)
         added = _product(attended, w.o, w.o_bias)
         middle, h = ops.norm(x, w.mlp_norm, around.eps[1], added)
-        out = _product(ops.silu_mul(_gate_up(h, w)), w.down, w.down_bias).add_(middle)
+        gate_up = _gate_up(h, w)
+        out = _product(ops.silu_mul(gate_up), w.down, w.down_bias).add_(middle)
         ctx.around, ctx.kv_heads = around, heads.kv_heads
-        ctx.save_for_backward(x, heads.all, raw, attended, middle, *weights)
+        ctx.save_for_backward(x, heads.all, raw, attended, middle, gate_up if around.keeps_gates else None, *weights)
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, all_heads, raw, attended, middle, *weights = ctx.saved_tensors
+        x, all_heads, raw, attended, middle, gate_up, *weights = ctx.saved_tensors
         w = _Weights(*weights)
         grads = _Grads(w, ctx.needs_input_grad[2:])
-        g_middle = _mlp_back(g.contiguous(), middle, ctx.around, w, grads)
+        g_middle = _mlp_back(g.contiguous(), middle, gate_up, ctx.around, w, grads)
         grads.linears("o", g_middle, attended)
         g_heads = _attention_back(g_middle @ w.o, Heads(all_heads, ctx.kv_heads), raw, ctx.around, w, grads)
         _, h = ops.norm(x, w.norm, ctx.around.eps[0])
@@ -167,10 +180,10 @@ def _gate_up(h: Tensor, w: _Weights) -> Tensor:
     return out
 
 
-def _mlp_back(g: Tensor, middle: Tensor, around: _Around, w: _Weights, grads: _Grads) -> Tensor:
+def _mlp_back(g: Tensor, middle: Tensor, gate_up: Tensor | None, around: _Around, w: _Weights, grads: _Grads) -> Tensor:
     """The gradient of what enters the gated half of a layer."""
     _, h = ops.norm(middle, w.mlp_norm, around.eps[1])
-    g_gate_up, product = back.silu_mul_back(_gate_up(h, w), g @ w.down)
+    g_gate_up, product = back.silu_mul_back(_gate_up(h, w) if gate_up is None else gate_up, g @ w.down)
     grads.linears("down", g, product)
     del product
     g_gate, g_up = g_gate_up.chunk(2, 1)
@@ -182,8 +195,8 @@ def _mlp_back(g: Tensor, middle: Tensor, around: _Around, w: _Weights, grads: _G
 
 def _attention_back(g: Tensor, heads: Heads, raw: Tensor | None, around: _Around, w: _Weights, grads: _Grads) -> Heads:
     """The gradient of queries, keys and values as the products made them."""
-    groups, scaling = around.plan.groups(around.how.window), around.how.scaling
-    g_heads = attend_back(heads, g.view(len(g), -1, around.width), groups, around.plan.copies(heads.kv_heads), scaling)
+    units, scaling = around.plan.units(around.how.window), around.how.scaling
+    g_heads = attend_back(heads, g.view(len(g), -1, around.width), units, around.plan.copies(heads.kv_heads), scaling)
     q, k, _ = g_heads.parts
     for part in (q, k):
         back.rope_back_(part, around.cos, around.sin)
@@ -262,7 +275,7 @@ def _computes_the_same(layer: nn.Module) -> How | None:
     with torch.inference_mode(False), torch.enable_grad():
         x, around = fused.probe(layer)
         around["upturn_plan"] = plan
-        ways = (partial(fused.plain, layer), _Fused(layer, how))
+        ways = (partial(fused.plain, layer), _Fused(layer, how, keeps_gates=True))
         plain, other = (fused.tried(partial(_learnt, layer, way, x, around)) for way in ways)
     if plain is None or other is None:
         return None

@@ -20,23 +20,27 @@ EPS = 1e-8
 
 
 class MasterAdamW:
-    """Owns the fp32 copies, collects gradients in fp32, and writes updates back to the model."""
+    """Owns the fp32 copies, collects gradients, and writes updates back to the model.
+
+    A gradient stays in the type of its weight while it is the only one of its step, and is the first part of an fp32
+    sum as soon as another one comes.
+    """
 
     def __init__(self, model: nn.Module, cfg: plan.Config) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.weights = [p for _, p in named]
         self.masters: list[Master] = [master_of(weight) for weight in self.weights]
-        self.sums, self.exp_avg, self.exp_avg_sq = (
-            [torch.zeros_like(weight, dtype=torch.float32) for weight in self.weights] for _ in range(3)
+        self.exp_avg, self.exp_avg_sq = (
+            [torch.zeros_like(weight, dtype=torch.float32) for weight in self.weights] for _ in range(2)
         )
         self.cfg = cfg
         self.num_updates = 0
-        self._begun: set[int] = set()
-        """Places whose sum holds a gradient of this step; the others hold what is left of the step before, or 0."""
+        self.grads: dict[int, Tensor] = {}
+        """By place: the gradient of this step, or the fp32 sum of several."""
 
     def backward(self, loss: Tensor) -> None:
-        """Back-propagate; each gradient joins its fp32 sum as soon as it is there, so they never all exist in bf16."""
+        """Back-propagate; each gradient joins those before it as soon as it is there."""
         hooks = [w.register_post_accumulate_grad_hook(partial(self._take, i)) for i, w in enumerate(self.weights)]
         try:
             with grad_sums.into({weight: partial(self._add, place) for place, weight in enumerate(self.weights)}):
@@ -46,30 +50,36 @@ class MasterAdamW:
                 hook.remove()
 
     def _take(self, place: int, weight: Tensor) -> None:
-        assert weight.grad is not None
-        self._add(place, [weight.grad])
-        weight.grad = None
+        """Take over a whole gradient."""
+        grad, weight.grad = weight.grad, None
+        assert grad is not None
+        if place not in self.grads and grad.is_contiguous():
+            self.grads[place] = grad.detach()
+        else:
+            self._add(place, [grad])
 
     def _add(self, place: int, parts: grad_sums.Parts) -> None:
-        """Add the gradient of a weight to its sum, or begin the sum: zeros first would be one more pass."""
-        first, total = 0, self.sums[place]
+        """Add a gradient, cut along its first axis, to what is there, or begin a sum with it."""
+        before, native = self.grads.get(place), self.masters[place].native
+        total = self.grads[place] = _sum_from(before, self.weights[place], native=native)
+        first = 0
         for grad in parts:
             here = total[first : first + len(grad)] if total.dim() else total
             first += len(grad) if total.dim() else 0
-            if self.masters[place].native and grad.is_contiguous():
-                back.add_gradient(grad, here, is_first=place not in self._begun)
-            elif place in self._begun:
-                here.add_(grad)
-            else:
+            if native and grad.is_contiguous():
+                back.add_gradient(grad, here, is_first=before is None)
+            elif before is None:
                 here.copy_(grad)
-        self._begun.add(place)
+            else:
+                here.add_(grad)
 
     def step(self, weight: float, learning_rate: float) -> Tensor:
         """Divide by the weight of the whole step, clip, update; returns the gradient norm before clipping."""
-        for place in set(range(len(self.sums))) - self._begun:
-            self.sums[place].zero_()
-        self._begun.clear()
-        norm = torch.nn.utils.get_total_norm(self.sums) / weight
+        for place, without in enumerate(self.weights):
+            if place not in self.grads:
+                self.grads[place] = torch.zeros_like(without)
+        norms = [torch.linalg.vector_norm(self.grads[place], dtype=torch.float32) for place in range(len(self.weights))]
+        norm = torch.linalg.vector_norm(torch.stack(norms)) / weight
         factor = (self.cfg.max_grad_norm / (norm + 1e-6)).clamp(max=1) / weight
         native = [place for place, master in enumerate(self.masters) if master.native]
         others = [place for place, master in enumerate(self.masters) if not master.native]
@@ -77,6 +87,7 @@ class MasterAdamW:
         self._update(native, float(factor) if native else 0.0, learning_rate)
         if others:
             self._update_by_torch(others, factor, learning_rate)
+        self.grads.clear()
         return norm
 
     def _update(self, places: list[int], factor: float, rate: float) -> None:
@@ -85,17 +96,14 @@ class MasterAdamW:
         fix, over = math.sqrt(1 - cfg.adam_beta2**count), rate / (1 - cfg.adam_beta1**count)
         numbers = (factor, cfg.adam_beta1, cfg.adam_beta2, EPS, fix, over, 1 - rate * cfg.weight_decay)
         for place in places:
-            state = (self.sums[place], self.exp_avg[place], self.exp_avg_sq[place])
+            state = (self.grads.pop(place), self.exp_avg[place], self.exp_avg_sq[place])
             back.adamw(self.weights[place], self.masters[place].rest, state, numbers)
 
     @torch.no_grad()
     def _update_by_torch(self, places: list[int], factor: Tensor, rate: float) -> None:
         values = [self.masters[place].value() for place in places]
-        grads, first, second = (
-            [kind[place] for place in places] for kind in (self.sums, self.exp_avg, self.exp_avg_sq)
-        )
-        for grad in grads:
-            grad.mul_(factor)
+        grads = [self.grads.pop(place).float().mul_(factor) for place in places]
+        first, second = ([kind[place] for place in places] for kind in (self.exp_avg, self.exp_avg_sq))
         steps = [torch.tensor(float(self.num_updates - 1), device=grad.device) for grad in grads]
         cfg = self.cfg
         adamw(
@@ -138,3 +146,15 @@ class MasterAdamW:
                 self.num_updates = int(tensors[f"step/{name}"])
                 self.exp_avg[place].copy_(tensors[f"exp_avg/{name}"])
                 self.exp_avg_sq[place].copy_(tensors[f"exp_avg_sq/{name}"])
+
+
+def _sum_from(before: Tensor | None, weight: Tensor, *, native: bool) -> Tensor:
+    """The fp32 sum that begins with a gradient, or is it already; not filled where there is none yet."""
+    if before is not None and before.dtype == torch.float32:
+        return before
+    total = torch.empty_like(weight, dtype=torch.float32)
+    if before is not None and native:
+        back.add_gradient(before, total, is_first=True)
+    elif before is not None:
+        total.copy_(before)
+    return total

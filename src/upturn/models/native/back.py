@@ -1,4 +1,4 @@
-"""The kernels of train.c and tiles.c as functions of tensors: what a training step needs besides those of `ops`.
+"""The kernels of train.c, tiles.c and tree.c as functions of tensors: what training needs besides those of `ops`.
 
 Axes: `T` tokens, `d` width of the model, `H` heads, `D` width of a head, `B` units of a group, `Q` and `K` their
 queries and keys, `N` targets.
@@ -26,7 +26,8 @@ _SIGNATURES = {
     "logits_back": "iiipppp",
     "add_gradient": "ippi",
     "columns_product": "iiiiippp",
-    "adamw": "ippppp" + "fffffff",
+    "tree_attend": "ip" + "iiii" + "pf" + "pppp",
+    "adamw": "i" + "pppppp" + "fffffff",
 }
 PARTS = 16
 """Sums over tokens are made in so many parts, whatever the number of threads."""
@@ -97,6 +98,35 @@ def softmax_(scores: Tensor, seen: Tensor, scale: float, g: Tensor | None = None
         raise MemoryError("softmax found no memory for a row")
 
 
+def tree_attend(x: Tensor, kv_heads: int, units: Tensor, scale: float, out: Tensor) -> None:
+    """Attention of units over `x [T, H + 2 Hkv, D]` into `out [T, H, D]`; `units` as in tree.c. For tiles only."""
+    _tree_attend(x, kv_heads, units, scale, None, (out, None, None))
+
+
+def tree_attend_back(
+    x: Tensor, kv_heads: int, units: Tensor, scale: float, g: Tensor, out: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Its gradient, given that of `out`, `g [T, H, D]`: that of the queries, which goes into a tensor like `x`, and of
+    the copies of keys and values, `[rows, D]`."""
+    _tree_attend(x, kv_heads, units, scale, g, out)
+
+
+def _tree_attend(
+    x: Tensor,
+    kv_heads: int,
+    units: Tensor,
+    scale: float,
+    g: Tensor | None,
+    out: tuple[Tensor, Tensor | None, Tensor | None],
+) -> None:
+    heads, width = x.shape[1] - 2 * kv_heads, x.shape[2]
+    given = (x.data_ptr(), scale, None if g is None else g.data_ptr())
+    into = (None if part is None else part.data_ptr() for part in out)
+    args = (len(units), units.data_ptr(), heads, kv_heads, width, x.stride(0), *given, *into)
+    if _library(x.dtype).tree_attend(*args):
+        raise MemoryError("attention over a tree found no memory for its scratch space")
+
+
 def logits_seen(logits: Tensor, first: int, targets: Tensor, sums: tuple[Tensor, Tensor, Tensor]) -> None:
     """Take in logits `[N, width]` of ids from `first` on: largest, sum of exponentials, the target's; `[N]` fp32."""
     args = (part.data_ptr() for part in (logits, targets, *sums))
@@ -126,16 +156,17 @@ def add_gradient(g: Tensor, total: Tensor, *, is_first: bool) -> None:
 
 
 def adamw(weight: Tensor, low: Tensor | None, state: tuple[Tensor, Tensor, Tensor], numbers: tuple[float, ...]) -> None:
-    """One update by the gradient and both moments.
+    """One update by the gradient, in fp32 or as the weight, and both moments.
 
     low       int16, the lower half of the fp32 value behind a bf16 weight
     numbers   see train.c
     """
     more = None if low is None else low.data_ptr()
-    args = (part.data_ptr() for part in state)
-    _library(weight.dtype).adamw(weight.numel(), weight.data_ptr(), more, *args, *numbers)
+    grad, first, second = (part.data_ptr() for part in state)
+    grads = (None, grad) if state[0].dtype == torch.float32 else (grad, None)
+    _library(weight.dtype).adamw(weight.numel(), weight.data_ptr(), more, *grads, first, second, *numbers)
 
 
 @cache
 def _library(dtype: torch.dtype) -> Any:
-    return build.bound(dtype, _SIGNATURES, ("masked_softmax", "columns_product"))
+    return build.bound(dtype, _SIGNATURES, ("masked_softmax", "columns_product", "tree_attend"))

@@ -8,30 +8,6 @@
 #ifdef TILES
 enum { HELD = 1 << 19 };
 
-/* Two rows of 16 numbers, side by side pair by pair. */
-static inline __m512i pairs(const real *x, int64_t stride, int64_t rows, int64_t r) {
-    __m512i low = _mm512_setzero_si512(), high = low;
-    if (r < rows) low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(x + r * stride)));
-    if (r + 1 < rows) high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(x + (r + 1) * stride)));
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-}
-
-/* 16 columns of x [n, .] as tiles of 32 rows, pairs of rows interleaved: the right factor of a tile product. */
-static void pack_right(int64_t n, int64_t stride, const real *x, real *tiles) {
-    for (int64_t t = 0; t < n; t += DEPTH, tiles += TILE)
-        for (int r = 0; r < SIDE; r++) _mm512_store_si512(tiles + r * DEPTH, pairs(x, stride, n, t + 2 * r));
-}
-
-/* The same columns as the left factor, transposed. */
-static void pack_left(int64_t n, int64_t stride, const real *x, real *tiles) {
-    for (int64_t t = 0; t < n; t += DEPTH, tiles += TILE) {
-        __m512i rows[SIDE];
-        for (int r = 0; r < SIDE; r++) rows[r] = pairs(x, stride, n, t + 2 * r);
-        transpose(rows);
-        for (int r = 0; r < SIDE; r++) _mm512_store_si512(tiles + r * DEPTH, rows[r]);
-    }
-}
-
 /* 32 x 32 numbers of the result from two panels of tiles each way. */
 static inline void block(int64_t depth, const real *left, const real *right, float *sums, int64_t stride, real *out) {
     const real *left2 = left + depth * TILE, *right2 = right + depth * TILE;

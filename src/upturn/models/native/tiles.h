@@ -6,7 +6,7 @@
 #pragma once
 #include "real.h"
 
-#if defined BF16 && defined __AMX_BF16__ && defined __AVX512BF16__ && defined __AVX512BW__ && defined __linux__
+#if defined BF16 && defined __AMX_BF16__ && defined __AVX512BF16__ && defined __AVX512BW__ && defined __AVX512VL__ && defined __linux__
 #define TILES
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -54,6 +54,30 @@ static inline void transpose(__m512i *a) {
     for (int i = 0; i < 8; i++) {
         a[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
         a[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
+    }
+}
+
+/* Two rows of 16 numbers, side by side pair by pair. */
+static inline __m512i pairs(const real *x, int64_t stride, int64_t rows, int64_t r) {
+    __m512i low = _mm512_setzero_si512(), high = low;
+    if (r < rows) low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(x + r * stride)));
+    if (r + 1 < rows) high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(x + (r + 1) * stride)));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+/* 16 columns of x [n, .] as tiles of 32 rows, pairs of rows interleaved: the right factor of a tile product. */
+static inline void pack_right(int64_t n, int64_t stride, const real *x, real *tiles) {
+    for (int64_t t = 0; t < n; t += DEPTH, tiles += TILE)
+        for (int r = 0; r < SIDE; r++) _mm512_store_si512(tiles + r * DEPTH, pairs(x, stride, n, t + 2 * r));
+}
+
+/* The same columns as the left factor, transposed. */
+static inline void pack_left(int64_t n, int64_t stride, const real *x, real *tiles) {
+    for (int64_t t = 0; t < n; t += DEPTH, tiles += TILE) {
+        __m512i rows[SIDE];
+        for (int r = 0; r < SIDE; r++) rows[r] = pairs(x, stride, n, t + 2 * r);
+        transpose(rows);
+        for (int r = 0; r < SIDE; r++) _mm512_store_si512(tiles + r * DEPTH, rows[r]);
     }
 }
 #endif

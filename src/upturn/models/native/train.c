@@ -214,23 +214,32 @@ static inline float joined(real weight, uint16_t low) {
 #endif
 }
 
-/* One update by AdamW in float. g is multiplied by `factor`; `fix` is the root of the second moment's correction, `rate`
- * the learning rate over the first one's, `decay` what is left of the weight. */
-void adamw(int64_t n, real *weight, uint16_t *low, const float *g, float *m, float *v, float factor, float beta1,
-           float beta2, float eps, float fix, float rate, float decay) {
-#pragma omp parallel for simd schedule(static) if (n > 4096)
-    for (int64_t i = 0; i < n; i++) {
-        float grad = g[i] * factor;
-        m[i] += (grad - m[i]) * (1.0f - beta1);
-        v[i] = v[i] * beta2 + grad * grad * (1.0f - beta2);
-        float value = joined(weight[i], low ? low[i] : 0) * decay - rate * m[i] / (sqrtf(v[i]) / fix + eps);
+/* One update by AdamW in float: g, or the sum where it is there, times `factor`; `fix` is the root of the second moment's
+ * correction, `rate` the learning rate over the first one's, `decay` what is left of the weight. */
+static inline void update(int64_t i, real *weight, uint16_t *low, float grad, float *m, float *v, float beta1,
+                          float beta2, float eps, float fix, float rate, float decay) {
+    m[i] += (grad - m[i]) * (1.0f - beta1);
+    v[i] = v[i] * beta2 + grad * grad * (1.0f - beta2);
+    float value = joined(weight[i], low ? low[i] : 0) * decay - rate * m[i] / (sqrtf(v[i]) / fix + eps);
 #ifdef BF16
-        uint32_t bits;
-        memcpy(&bits, &value, 4);
-        bits |= (bits & 0xffffu) == 0x8000u; /* halfway, it would not show which way it was rounded */
-        memcpy(&value, &bits, 4);
-        low[i] = (uint16_t)bits;
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    bits |= (bits & 0xffffu) == 0x8000u; /* halfway, it would not show which way it was rounded */
+    memcpy(&value, &bits, 4);
+    low[i] = (uint16_t)bits;
 #endif
-        weight[i] = store(value);
+    weight[i] = store(value);
+}
+
+void adamw(int64_t n, real *weight, uint16_t *low, const real *g, const float *sum, float *m, float *v, float factor,
+           float beta1, float beta2, float eps, float fix, float rate, float decay) {
+    if (sum) {
+#pragma omp parallel for simd schedule(static) if (n > 4096)
+        for (int64_t i = 0; i < n; i++)
+            update(i, weight, low, sum[i] * factor, m, v, beta1, beta2, eps, fix, rate, decay);
+    } else {
+#pragma omp parallel for simd schedule(static) if (n > 4096)
+        for (int64_t i = 0; i < n; i++)
+            update(i, weight, low, load(g[i]) * factor, m, v, beta1, beta2, eps, fix, rate, decay);
     }
 }
