@@ -4,6 +4,7 @@
  * less than half its speed; here they are packed into tiles once. Other processors get 1 back, and use the general one.
  */
 #include "tiles.h"
+#include <omp.h>
 
 #ifdef TILES
 enum { HELD = 1 << 19 };
@@ -37,31 +38,31 @@ static inline void block(int64_t depth, const real *left, const real *right, flo
 int columns_product(int64_t n, int64_t o, int64_t i, int64_t g_stride, int64_t x_stride, const real *g, const real *x,
                     real *out) {
     if (!tiles_allowed() || o % 32 || i % 32 || !n) return 1;
-    int64_t depth = (n + DEPTH - 1) / DEPTH, held = HELD / (depth * DEPTH * 32);
-    held = held < 1 ? 1 : held;
-    real *right = aligned_alloc(64, (size_t)(depth * TILE * (i / SIDE)) * sizeof(real));
+    int64_t depth = (n + DEPTH - 1) / DEPTH, strip = depth * TILE, blocks = o / 32;
+    int64_t held = HELD / (2 * strip) + 1, threads = omp_get_max_threads(), parts = (blocks + held - 1) / held;
+    parts = (parts + threads - 1) / threads * threads; /* all threads end together */
+    real *right = aligned_alloc(64, (size_t)(strip * (i / SIDE)) * sizeof(real));
     if (!right) return 1;
     int failed = 0;
 #pragma omp parallel
     {
-        real *left = aligned_alloc(64, (size_t)(held * 2 * depth * TILE) * sizeof(real));
+        real *left = aligned_alloc(64, (size_t)(2 * (held + 1) * strip) * sizeof(real));
         float sums[32 * 32] __attribute__((aligned(64)));
         if (!left) {
 #pragma omp atomic write
             failed = 1;
         }
 #pragma omp for schedule(static)
-        for (int64_t c = 0; c < i / SIDE; c++) pack_right(n, x_stride, x + c * SIDE, right + c * depth * TILE);
+        for (int64_t c = 0; c < i / 32; c++) pack_right(n, x_stride, x + c * 32, 2, right + 2 * c * strip);
         take_tiles();
 #pragma omp for schedule(static)
-        for (int64_t part = 0; part < (o / 32 + held - 1) / held; part++) {
-            int64_t first = part * held, last = first + held < o / 32 ? first + held : o / 32;
-            for (int64_t c = 2 * first; left && c < 2 * last; c++)
-                pack_left(n, g_stride, g + c * SIDE, left + (c - 2 * first) * depth * TILE);
+        for (int64_t part = 0; part < parts; part++) {
+            int64_t first = part * blocks / parts, last = (part + 1) * blocks / parts;
+            for (int64_t r = first; left && r < last; r++)
+                pack_left(n, g_stride, g + r * 32, 2, left + 2 * (r - first) * strip);
             for (int64_t c = 0; left && c < i / 32; c++)
                 for (int64_t r = first; r < last; r++)
-                    block(depth, left + (r - first) * 2 * depth * TILE, right + c * 2 * depth * TILE, sums, i,
-                          out + r * 32 * i + c * 32);
+                    block(depth, left + 2 * (r - first) * strip, right + 2 * c * strip, sums, i, out + r * 32 * i + c * 32);
         }
         _tile_release();
         free(left);

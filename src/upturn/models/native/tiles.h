@@ -65,19 +65,25 @@ static inline __m512i pairs(const real *x, int64_t stride, int64_t rows, int64_t
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-/* 16 columns of x [n, .] as tiles of 32 rows, pairs of rows interleaved: the right factor of a tile product. */
-static inline void pack_right(int64_t n, int64_t stride, const real *x, real *tiles) {
+/* x [n, .] by its columns, 16 in `count` strips side by side: a strip is n / 32 tiles of 32 rows, with pairs of rows
+ * interleaved, right factors of a product that sums over the rows. Strips lie one behind the other. */
+static inline void pack_right(int64_t n, int64_t stride, const real *x, int64_t count, real *tiles) {
+    int64_t strip = (n + DEPTH - 1) / DEPTH * TILE;
     for (int64_t t = 0; t < n; t += DEPTH, tiles += TILE)
-        for (int r = 0; r < SIDE; r++) _mm512_store_si512(tiles + r * DEPTH, pairs(x, stride, n, t + 2 * r));
+        for (int r = 0; r < SIDE; r++)
+            for (int64_t s = 0; s < count; s++)
+                _mm512_store_si512(tiles + s * strip + r * DEPTH, pairs(x + s * SIDE, stride, n, t + 2 * r));
 }
 
-/* The same columns as the left factor, transposed. */
-static inline void pack_left(int64_t n, int64_t stride, const real *x, real *tiles) {
-    for (int64_t t = 0; t < n; t += DEPTH, tiles += TILE) {
-        __m512i rows[SIDE];
-        for (int r = 0; r < SIDE; r++) rows[r] = pairs(x, stride, n, t + 2 * r);
-        transpose(rows);
-        for (int r = 0; r < SIDE; r++) _mm512_store_si512(tiles + r * DEPTH, rows[r]);
-    }
+/* The same columns as left factors, transposed. */
+static inline void pack_left(int64_t n, int64_t stride, const real *x, int64_t count, real *tiles) {
+    int64_t strip = (n + DEPTH - 1) / DEPTH * TILE;
+    for (int64_t t = 0; t < n; t += DEPTH, tiles += TILE)
+        for (int64_t s = 0; s < count; s++) {
+            __m512i rows[SIDE];
+            for (int r = 0; r < SIDE; r++) rows[r] = pairs(x + s * SIDE, stride, n, t + 2 * r);
+            transpose(rows);
+            for (int r = 0; r < SIDE; r++) _mm512_store_si512(tiles + s * strip + r * DEPTH, rows[r]);
+        }
 }
 #endif

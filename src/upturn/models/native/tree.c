@@ -48,11 +48,6 @@ static inline void pack_rows(int64_t n, int64_t d, const real *x, real *tiles) {
         }
 }
 
-/* x [n, d] -> per 16 columns n / 32 right tiles: products sum over n. */
-static inline void pack_columns(int64_t n, int64_t d, const real *x, real *tiles) {
-    for (int64_t c = 0; c < d; c += SIDE) pack_right(n, d, x + c, tiles + c * n);
-}
-
 /* 32 rows, `step` apart tile by tile, times `columns` packed columns of so many tiles -> out [32, columns]. */
 static inline void rows_times(int64_t tiles, const real *x, const real *x2, int64_t step, int64_t stride,
                               const real *right, int64_t columns, float *out) {
@@ -134,7 +129,7 @@ static inline real *place_of(const unit *u, int64_t row, int64_t head, int64_t d
 static void forward(const unit *u, int64_t h, const layout *l, const scratch *s, real *out) {
     int64_t d = l->d, real_rows = u->queries * s->groups;
     pack_rows(s->span, d, s->k, s->right[0]);
-    pack_columns(s->span, d, s->v, s->right[1]);
+    pack_right(s->span, d, s->v, d / SIDE, s->right[1]);
     for (int64_t first = 0; first < s->rows; first += SIDES) {
         int64_t some = real_rows - first < SIDES ? real_rows - first : SIDES;
         float share[SIDES];
@@ -168,9 +163,9 @@ static void backward(const unit *u, int64_t h, const layout *l, const scratch *s
     int64_t d = l->d, span = s->span, real_rows = u->queries * s->groups, depth = s->rows / DEPTH;
     pack_rows(span, d, s->k, s->right[0]);
     pack_rows(span, d, s->v, s->right[1]);
-    pack_columns(span, d, s->k, s->right[2]);
-    pack_columns(s->rows, d, s->q, s->right[3]);
-    pack_columns(s->rows, d, s->g, s->right[4]);
+    pack_right(span, d, s->k, d / SIDE, s->right[2]);
+    pack_right(s->rows, d, s->q, d / SIDE, s->right[3]);
+    pack_right(s->rows, d, s->g, d / SIDE, s->right[4]);
     for (int64_t first = 0; first < s->rows; first += SIDES) {
         int64_t some = real_rows - first < SIDES ? real_rows - first : SIDES;
         real *weights = s->weights + first * span, *changes = s->changes + first * span;
@@ -192,8 +187,7 @@ static void backward(const unit *u, int64_t h, const layout *l, const scratch *s
         int64_t some = u->keys - first < SIDES ? u->keys - first : SIDES;
         real *both[2][3] = {{s->changes, s->right[3], keys}, {s->weights, s->right[4], values}};
         for (int i = 0; i < 2; i++) {
-            for (int c = 0; c < 2; c++)
-                pack_left(s->rows, span, both[i][0] + first + c * SIDE, s->left + c * depth * TILE);
+            pack_left(s->rows, span, both[i][0] + first, 2, s->left);
             rows_times(depth, s->left, s->left + depth * TILE, TILE, DEPTH, both[i][1], d, s->sums);
             for (int64_t r = 0; r < some; r++) put(s->sums + r * d, 1.0f, d, both[i][2] + (row + first + r) * d);
         }
