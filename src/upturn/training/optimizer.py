@@ -50,7 +50,7 @@ class MasterAdamW:
                 hook.remove()
 
     def _take(self, place: int, weight: Tensor) -> None:
-        """Take over a whole gradient."""
+        """Take over a whole gradient, or add it to those before it."""
         grad, weight.grad = weight.grad, None
         assert grad is not None
         if place not in self.grads and grad.is_contiguous():
@@ -59,17 +59,18 @@ class MasterAdamW:
             self._add(place, [grad])
 
     def _add(self, place: int, parts: grad_sums.Parts) -> None:
-        """Add a gradient, cut along its first axis, to what is there, or begin a sum with it."""
-        before, native = self.grads.get(place), self.masters[place].native
-        total = self.grads[place] = _sum_from(before, self.weights[place], native=native)
-        first = 0
+        """Add a gradient, cut along its first axis, to those before it."""
+        weight, native = self.weights[place], self.masters[place].native
+        is_first = place not in self.grads
+        total = torch.empty_like(weight) if is_first else _sum_from(self.grads[place], native=native)
+        self.grads[place], first = total.detach(), 0
         for grad in parts:
             here = total[first : first + len(grad)] if total.dim() else total
             first += len(grad) if total.dim() else 0
-            if native and grad.is_contiguous():
-                back.add_gradient(grad, here, is_first=before is None)
-            elif before is None:
+            if is_first:
                 here.copy_(grad)
+            elif native and grad.is_contiguous():
+                back.add_gradient(grad, here, is_first=False)
             else:
                 here.add_(grad)
 
@@ -78,7 +79,7 @@ class MasterAdamW:
         for place, without in enumerate(self.weights):
             if place not in self.grads:
                 self.grads[place] = torch.zeros_like(without)
-        norms = [torch.linalg.vector_norm(self.grads[place], dtype=torch.float32) for place in range(len(self.weights))]
+        norms = [self._norm(place) for place in range(len(self.weights))]
         norm = torch.linalg.vector_norm(torch.stack(norms)) / weight
         factor = (self.cfg.max_grad_norm / (norm + 1e-6)).clamp(max=1) / weight
         native = [place for place, master in enumerate(self.masters) if master.native]
@@ -89,6 +90,11 @@ class MasterAdamW:
             self._update_by_torch(others, factor, learning_rate)
         self.grads.clear()
         return norm
+
+    def _norm(self, place: int) -> Tensor:
+        if self.masters[place].native:
+            return torch.tensor(back.norm_of(self.grads[place]))
+        return torch.linalg.vector_norm(self.grads[place], dtype=torch.float32)
 
     def _update(self, places: list[int], factor: float, rate: float) -> None:
         """AdamW in one pass over each weight and what belongs to it."""
@@ -148,13 +154,10 @@ class MasterAdamW:
                 self.exp_avg_sq[place].copy_(tensors[f"exp_avg_sq/{name}"])
 
 
-def _sum_from(before: Tensor | None, weight: Tensor, *, native: bool) -> Tensor:
-    """The fp32 sum that begins with a gradient, or is it already; not filled where there is none yet."""
-    if before is not None and before.dtype == torch.float32:
-        return before
-    total = torch.empty_like(weight, dtype=torch.float32)
-    if before is not None and native:
-        back.add_gradient(before, total, is_first=True)
-    elif before is not None:
-        total.copy_(before)
+def _sum_from(grad: Tensor, *, native: bool) -> Tensor:
+    """The fp32 sum that begins with a gradient, or is it already."""
+    if grad.dtype == torch.float32 or not native:
+        return grad.float()
+    total = torch.empty_like(grad, dtype=torch.float32)
+    back.add_gradient(grad, total, is_first=True)
     return total

@@ -26,11 +26,14 @@ _SIGNATURES = {
     "logits_back": "iiipppp",
     "add_gradient": "ippi",
     "columns_product": "iiiiippp",
+    "squares": "i" + "ppp",
     "tree_attend": "ip" + "iiii" + "pf" + "pppp",
     "adamw": "i" + "pppppp" + "fffffff",
 }
 PARTS = 16
 """Sums over tokens are made in so many parts, whatever the number of threads."""
+PIECE = 4096
+"""Numbers that `squares` sums in one go."""
 MOST_WIDTH = 512
 """The widest head that `collect` takes."""
 
@@ -155,6 +158,13 @@ def add_gradient(g: Tensor, total: Tensor, *, is_first: bool) -> None:
     _library(g.dtype).add_gradient(g.numel(), g.data_ptr(), total.data_ptr(), int(is_first))
 
 
+def norm_of(grad: Tensor) -> float:
+    """The root of the sum of squares of a gradient, in fp32 or bf16, summed alike on any number of threads."""
+    pieces = torch.empty(-(-grad.numel() // PIECE))
+    _library(grad.dtype).squares(grad.numel(), *_by_type(grad), pieces.data_ptr())
+    return float(pieces.double().sum().sqrt())
+
+
 def adamw(weight: Tensor, low: Tensor | None, state: tuple[Tensor, Tensor, Tensor], numbers: tuple[float, ...]) -> None:
     """One update by the gradient, in fp32 or as the weight, and both moments.
 
@@ -162,9 +172,14 @@ def adamw(weight: Tensor, low: Tensor | None, state: tuple[Tensor, Tensor, Tenso
     numbers   see train.c
     """
     more = None if low is None else low.data_ptr()
-    grad, first, second = (part.data_ptr() for part in state)
-    grads = (None, grad) if state[0].dtype == torch.float32 else (grad, None)
-    _library(weight.dtype).adamw(weight.numel(), weight.data_ptr(), more, *grads, first, second, *numbers)
+    grad, first, second = state
+    args = (*_by_type(grad), first.data_ptr(), second.data_ptr())
+    _library(weight.dtype).adamw(weight.numel(), weight.data_ptr(), more, *args, *numbers)
+
+
+def _by_type(grad: Tensor) -> tuple[int | None, int | None]:
+    """Where a gradient lies, as those kernels take it that know both types."""
+    return (None, grad.data_ptr()) if grad.dtype == torch.float32 else (grad.data_ptr(), None)
 
 
 @cache

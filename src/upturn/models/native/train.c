@@ -202,6 +202,22 @@ void add_gradient(int64_t n, const real *g, float *sum, int64_t is_first) {
     for (int64_t i = 0; i < n; i++) sum[i] = (is_first ? 0.0f : sum[i]) + load(g[i]);
 }
 
+enum { PIECE = 4096 };
+
+/* The sum of squares of each PIECE numbers of g, or of the sum where it is there. */
+void squares(int64_t n, const real *g, const float *sum, float *of_pieces) {
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < (n + PIECE - 1) / PIECE; p++) {
+        int64_t last = (p + 1) * PIECE < n ? (p + 1) * PIECE : n;
+        float total = 0;
+        if (sum)
+            for (int64_t i = p * PIECE; i < last; i++) total += sum[i] * sum[i];
+        else
+            for (int64_t i = p * PIECE; i < last; i++) total += load(g[i]) * load(g[i]);
+        of_pieces[p] = total;
+    }
+}
+
 /* The float whose rounded upper half is a bfloat16 weight, from that and its own lower half; a float weight is itself. */
 static inline float joined(real weight, uint16_t low) {
 #ifdef BF16
