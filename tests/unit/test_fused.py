@@ -279,7 +279,9 @@ def test_heads_that_the_config_did_not_promise_are_refused():
 @pytest.mark.skipif(not ops.has_tiles(torch.bfloat16), reason="no matrix tiles (AMX) on this processor")
 @pytest.mark.parametrize("family", [*FAMILIES, "smollm3"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_with_matrix_tiles_bfloat16_drafts_are_the_same_in_any_batch(tiny_model: Path, family: str, temperature: float):
+def test_with_matrix_tiles_bfloat16_drafts_are_the_same_in_any_batch(
+    tiny_model: Path, family: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+):
     loaded = replace(
         load.load(str(tiny_model), "bfloat16", device="cpu"), model=made(family, torch.bfloat16, **MORE.get(family, {}))
     )
@@ -297,3 +299,7 @@ def test_with_matrix_tiles_bfloat16_drafts_are_the_same_in_any_batch(tiny_model:
     assert drafts(7, speculate=False) == together
     assert drafts(1, speculate=True) == together
     assert drafts(3, speculate=False) == together
+    asked: list[bool] = []
+    monkeypatch.setattr(StepPlan, "takes", lambda *args: asked.append(True))
+    assert drafts(7, speculate=True) == together  # kernel by kernel instead of layers in one call
+    assert asked

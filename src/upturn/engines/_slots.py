@@ -124,6 +124,24 @@ class StepPlan:
             part.put(out, out_T)
         return out_T[None]
 
+    def takes(self, layer: ops.Layer, x_T: Tensor) -> bool:
+        """Whether `run` can do all of a layer: on kernels, and with heads as the config promised."""
+        slots = self.slots
+        asked, promised = (layer.kv_heads, layer.d, x_T.dtype), (slots.heads, slots.width, slots.keys.dtype)
+        return slots.native and asked == promised
+
+    def run(self, layer: int, whole: ops.Layer, x_T: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        """A layer in one call: `x [T, d] -> [T, d]`, with cos and sin `[T, D]`."""
+        return ops.decoder_layer(whole, self._step, x_T, turn, (self.slots.keys[layer], self.slots.values[layer]))
+
+    @cached_property
+    def _step(self) -> ops.Step:
+        slots, runs = self.slots, self._runs_R4
+        length, width = slots.keys.shape[3:]
+        tensors = {"slot": self.row_T, "place": self.place_T, "run": runs}
+        where = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        return ops.Step(tokens=len(self.row_T), runs=len(runs), length=length, slot_width=width, **where)
+
     def _check(self, layer: int, q_T: Tensor, k_T: Tensor, v_T: Tensor) -> None:
         """Kernels trust what they are given, so it must be what the config promised."""
         slots, like = self.slots, self.slots.keys.dtype

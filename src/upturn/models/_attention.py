@@ -19,7 +19,7 @@ PLAIN_KEYS = 384
 
 
 class Plan(Protocol):
-    """Knows which keys each query may see."""
+    """Knows which keys each query may see. One that can do all of a layer has `takes` and `run` too (`StepPlan`)."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         """`q [1, H, T, D]`, `k, v [1, Hkv, T, D]` of this step's tokens -> `[1, T, H, D]`."""

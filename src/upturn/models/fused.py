@@ -22,6 +22,8 @@ from upturn.models._attention import How
 from upturn.models.native import ops
 
 Result = TypeVar("Result")
+_Products = tuple[packed.Product, packed.Product, packed.Gated, packed.Product]
+"""Queries, keys and values; what was attended to; gate and up; down."""
 SHORT = 256
 """Tokens of a first context that go through the plain layers."""
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -77,20 +79,25 @@ class _Maybe:
 class _Fused:
     """A layer over joined weights, which it makes when it is first called."""
 
-    __slots__ = ("_attention", "_how", "_layer", "_products")
+    __slots__ = ("_attention", "_how", "_layer", "_products", "_whole")
 
     def __init__(self, layer: nn.Module, how: How) -> None:
         self._layer: Any = layer
         self._how = how
         self._attention = self._layer.self_attn
-        self._products: tuple[packed.Product, packed.Product, packed.Gated, packed.Product] | None = None
+        self._products: _Products | None = None
+        self._whole: ops.Layer | None = None
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._products = self._products or self._join()
-        cos, sin = kwargs["position_embeddings"]
-        return self._run(hidden_states[0], cos[0], sin[0], kwargs["upturn_plan"])[None]
+        if self._products is None:
+            self._products = self._join()
+            self._whole = _whole(self._layer, self._how, self._products)
+        x, (cos, sin), plan = hidden_states[0], kwargs["position_embeddings"], kwargs["upturn_plan"]
+        if self._whole is not None and hasattr(plan, "run") and plan.takes(self._whole, x):
+            return plan.run(self._attention.layer_idx, self._whole, x, (cos[0], sin[0]))[None]
+        return self._run(x, cos[0], sin[0], plan)[None]
 
-    def _join(self) -> tuple[packed.Product, packed.Product, packed.Gated, packed.Product]:
+    def _join(self) -> _Products:
         a, mlp = self._attention, self._layer.mlp
         join, out, narrow = (packed.Product(g) for g in ((a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (mlp.down_proj,)))
         return join, out, packed.Gated(mlp.gate_proj, mlp.up_proj), narrow
@@ -111,6 +118,37 @@ class _Fused:
         attended = plan.attend(attention.layer_idx, q, k, v, self._how)
         x, h = ops.norm(x, after.weight, after.variance_epsilon, out(attended.view(len(x), -1)))
         return x + narrow(widen(h))
+
+
+def _whole(layer: Any, how: How, products: _Products) -> ops.Layer | None:
+    """The layer in one piece, where all its products are on tiles."""
+    if any(product.panels is None for product in products):
+        return None
+    a, before, after = layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
+    q_norm, k_norm = (getattr(a, name, None) for name in ("q_norm", "k_norm"))
+    tensors: dict[str, Tensor | None] = {
+        "before": before.weight,
+        "after": after.weight,
+        "q_norm": None if q_norm is None else q_norm.weight,
+        "k_norm": None if k_norm is None else k_norm.weight,
+    }
+    for name, product in zip(("join", "out", "widen", "narrow"), products, strict=True):
+        tensors |= {name: product.panels, f"{name}_bias": product.bias}
+    return ops.Layer(
+        width=layer.mlp.down_proj.out_features,
+        heads=a.q_proj.out_features // a.head_dim,
+        kv_heads=a.k_proj.out_features // a.head_dim,
+        d=a.head_dim,
+        wide=2 * layer.mlp.gate_proj.out_features,
+        window=how.window or 0,
+        before_eps=before.variance_epsilon,
+        after_eps=after.variance_epsilon,
+        q_eps=q_norm.variance_epsilon if q_norm else 0.0,
+        k_eps=k_norm.variance_epsilon if k_norm else 0.0,
+        scale=how.scaling,
+        cap=how.softcap or 0.0,
+        **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
+    )
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

@@ -61,41 +61,41 @@ def available() -> bool:
 class Product:
     """`x @ weight.T + bias` of linear layers that share their input, side by side, packed where that pays."""
 
-    __slots__ = ("_bias", "_panels", "_rows", "_weight")
+    __slots__ = ("_rows", "_weight", "bias", "panels")
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         weight = _joined([layer.weight for layer in layers])
         biases = _biases(layers)
-        self._rows, self._bias = len(weight), _joined(biases) if biases else None
-        self._panels = ops.packed(weight) if _suits_tiles(weight) else None
-        if self._panels is None and available() and _pays(weight):
+        self._rows, self.bias = len(weight), _joined(biases) if biases else None
+        self.panels = ops.packed(weight) if _suits_tiles(weight) else None
+        if self.panels is None and available() and _pays(weight):
             weight = torch.ops.mkldnn._reorder_linear_weight(weight)
-        self._weight = weight if self._panels is None else None
+        self._weight = weight if self.panels is None else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._panels is not None:
-            out = ops.product(x.reshape(-1, x.shape[-1]), self._panels, self._rows, self._bias)
+        if self.panels is not None:
+            out = ops.product(x.reshape(-1, x.shape[-1]), self.panels, self._rows, self.bias)
             return out.view(*x.shape[:-1], self._rows)
         assert self._weight is not None
         if self._weight.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return nn.functional.linear(x, self._weight, self._bias)
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
+        return nn.functional.linear(x, self._weight, self.bias)
 
 
 class Gated:
     """SiLU of one linear layer times another one over the same input, `[T, d] -> [T, f]`."""
 
-    __slots__ = ("_bias", "_both", "_panels", "_rows")
+    __slots__ = ("_both", "_rows", "bias", "panels")
 
     def __init__(self, gate: nn.Linear, up: nn.Linear) -> None:
         biases, fits = _biases((gate, up)), _suits_tiles(gate.weight) and gate.out_features % (ops.PANEL // 2) == 0
-        self._panels = ops.packed(_by_turns(gate.weight, up.weight)) if fits else None
-        self._rows, self._bias = 2 * gate.out_features, _by_turns(*biases) if biases and fits else None
-        self._both = Product((gate, up)) if self._panels is None else None
+        self.panels = ops.packed(_by_turns(gate.weight, up.weight)) if fits else None
+        self._rows, self.bias = 2 * gate.out_features, _by_turns(*biases) if biases and fits else None
+        self._both = Product((gate, up)) if self.panels is None else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._panels is not None:
-            return ops.product(x, self._panels, self._rows, self._bias, gated=True)
+        if self.panels is not None:
+            return ops.product(x, self.panels, self._rows, self.bias, gated=True)
         assert self._both is not None
         return ops.silu_mul(self._both(x))
 

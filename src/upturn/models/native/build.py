@@ -26,7 +26,7 @@ from upturn.tracking import progress
 
 HERE = Path(__file__).parent
 SOURCES = {
-    **{name: () for name in ("kernels.c", "attend.c", "product.c", "tiles.c", "tree.c")},
+    **{name: () for name in ("kernels.c", "attend.c", "product.c", "layer.c", "tiles.c", "tree.c")},
     "train.c": ("-fassociative-math",),
 }
 """With flags of their own: sums of train.c may be split over lanes."""

@@ -1,10 +1,11 @@
-"""The kernels of kernels.c, attend.c and product.c as functions of tensors. Inference only: none has a gradient.
+"""The kernels of kernels.c, attend.c, product.c and layer.c as functions of tensors. Inference only, without gradients.
 
 Axes: `T` tokens, `d` width of the model, `H` heads, `D` width of a head.
 """
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 from typing import Any
 
@@ -23,11 +24,39 @@ _SIGNATURES = {
     "has_tiles": "",
     "pack": "iipp",
     "product": "iiipppip",
+    "decoder_layer": "pppppppp",
 }
 PANEL = 32
 """Rows of a weight that are packed together."""
 STEP = 32
 """Slots are as long, and heads in them as wide, as a multiple of this."""
+
+
+_SIZES = ("width", "heads", "kv_heads", "d", "wide", "window")
+_WEIGHTS = (
+    *("before", "join", "join_bias", "q_norm", "k_norm", "out", "out_bias"),
+    *("after", "widen", "widen_bias", "narrow", "narrow_bias"),
+)
+_NUMBERS = ("before_eps", "after_eps", "q_eps", "k_eps", "scale", "cap")
+
+
+class Layer(ctypes.Structure):
+    """A decoder layer over packed weights, as layer.c takes it; whoever makes it keeps the weights alive."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, ctypes.c_void_p) for name in _WEIGHTS),
+        *((name, ctypes.c_float) for name in _NUMBERS),
+    ]
+
+
+class Step(ctypes.Structure):
+    """New tokens of some slots, as layer.c takes them; whoever makes it keeps the tensors alive."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("tokens", "runs", "length", "slot_width")),
+        *((name, ctypes.c_void_p) for name in ("slot", "place", "run")),
+    ]
 
 
 def usable(like: Tensor) -> bool:
@@ -129,6 +158,17 @@ def product(x: Tensor, panels: Tensor, rows: int, bias: Tensor | None = None, *,
     return out
 
 
+def decoder_layer(
+    layer: Layer, step: Step, x: Tensor, turn: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor]
+) -> Tensor:
+    """All of a layer, `x [T, d] -> [T, d]`; `turn` is cos and sin `[T, D]`, `cache` as in `keep`."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    args = (part.data_ptr() for part in (x, *turn, *cache, out))
+    _check(_library(x.dtype).decoder_layer(ctypes.addressof(layer), ctypes.addressof(step), *args))
+    return out
+
+
 def _check(failed: int) -> None:
     if failed:
         raise MemoryError("a kernel found no memory for its scratch space")
@@ -136,4 +176,4 @@ def _check(failed: int) -> None:
 
 @cache
 def _library(dtype: torch.dtype) -> Any:
-    return build.bound(dtype, _SIGNATURES, ("attend", "sample", "has_tiles", "product"))
+    return build.bound(dtype, _SIGNATURES, ("attend", "sample", "has_tiles", "product", "decoder_layer"))
