@@ -101,8 +101,8 @@ COSTS = {
 
 - cpu: one core without AMX, measured 37, 0.57 and 0.18. The first two are rounded to the cautious side; `pad` 0.3 did
   better on recorded chains, where a single long guess promised more than it kept.
-- tiles: two threads with AMX, measured 74, 0.91 and 0.05 in one hour and 42, 0.67 and 0 in another, when tiles were slow.
-  By passes and tokens counted, 32 to 48 is the best at both prices with 8 and with 64 slots: guesses hope too much.
+- tiles: two threads with AMX, measured 74, 0.91 and 0.05 in one hour, and 42, 0.67 and 0 in another one when tiles were
+  slow. By passes and tokens counted, 32 to 48 is the best at both prices, with 8 and with 64 slots.
 - cuda: not measured; an H100 is bound by memory up to some 300 tokens.
 """
 NO_SAVING = Cost(fixed=0, row=0, pad=0)
