@@ -21,7 +21,7 @@ GROUPS = {
     "choice of tokens and their log-probs": ("sample", "logits_seen", "logits_back_"),
     "gathers": ("index", "index_put", "_index_put_impl_", "index_select", "index_add", "index_copy", "gather", "cat"),
     "copies and casts": ("copy_", "fill_", "zero_", "_to_copy", "clone"),
-    "optimizer": ("_fused_adamw_", "linalg_vector_norm", "_foreach", "adamw", "add_gradient"),
+    "optimizer": ("_fused_adamw_", "linalg_vector_norm", "_foreach", "adamw", "add_gradient", "norm_of"),
 }
 OTHERS = "element-wise and the rest"
 

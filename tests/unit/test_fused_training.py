@@ -42,13 +42,15 @@ COMMON: dict[str, Any] = {
 }
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 TYPES = list(CLOSE)
+both_widths = pytest.mark.parametrize("width", [16, 32])
+"""Of a head: matrix tiles take multiples of 32."""
 native = pytest.mark.skipif(not ops.usable(torch.zeros(1)), reason="no kernels on this machine")
 pytestmark = native
 
 
 def tiny(config: Any, dtype: torch.dtype, **more: Any) -> nn.Module:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config(**SHAPE, **more)).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(config(**SHAPE | more)).to(dtype).eval()
     policy.use_plans(model)
     for name, bias in model.named_parameters():
         if name.endswith("bias"):
@@ -83,10 +85,11 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype,
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("family", COMMON)
 @pytest.mark.parametrize("tied", [False, True])
+@both_widths
 def test_fused_layers_learn_as_plain_ones_do(
-    family: str, dtype: torch.dtype, tied: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, dtype: torch.dtype, tied: bool, width: int, monkeypatch: pytest.MonkeyPatch
 ):
-    model, tree = tiny(COMMON[family], dtype, tie_word_embeddings=tied), forest()
+    model, tree = tiny(COMMON[family], dtype, tie_word_embeddings=tied, head_dim=width), forest()
     assert all(map(fused_training._fusable, fused.layers_of(model)))
     logprobs, grads = learnt(model, tree)
     plain(monkeypatch)
@@ -98,8 +101,9 @@ def test_fused_layers_learn_as_plain_ones_do(
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_what_is_kept_or_made_again_has_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    model, tree, found = tiny(LlamaConfig, dtype), forest(), []
+@both_widths
+def test_what_is_kept_or_made_again_has_the_same_bits(dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch):
+    model, tree, found = tiny(LlamaConfig, dtype, head_dim=width), forest(), []
     learnt(model, tree)  # each layer is tried once
     for free in (2**40, 0):
         monkeypatch.setattr(_memory, "free", lambda free=free: free)
@@ -114,6 +118,24 @@ def test_what_is_kept_or_made_again_has_the_same_bits(dtype: torch.dtype, monkey
 def _counted(made: Counter[str], work: Callable[..., Any], *args: Any) -> Any:
     made["calls"] += 1
     return work(*args)
+
+
+def test_a_model_that_is_first_seen_without_gradients_is_fused_too():
+    model, still = tiny(LlamaConfig, torch.float32), tiny(LlamaConfig, torch.float32)
+    policy.tree_kl(model, still, forest())  # in inference mode
+    assert all(map(fused_training._fusable, fused.layers_of(model)))
+
+
+def test_kernels_that_err_are_not_used(monkeypatch: pytest.MonkeyPatch):
+    right = back.silu_mul_back
+
+    def wrong(gate_up: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        grad, product = right(gate_up, g)
+        return (grad * 1.5, product) if g.dtype == torch.bfloat16 else (grad, product)
+
+    monkeypatch.setattr(back, "silu_mul_back", wrong)
+    assert not any(map(fused_training._fusable, fused.layers_of(tiny(LlamaConfig, torch.bfloat16))))
+    assert all(map(fused_training._fusable, fused.layers_of(tiny(LlamaConfig, torch.float32))))
 
 
 def test_a_model_without_plans_yet_is_fused_at_once():
@@ -132,8 +154,10 @@ def test_without_gradients_the_bits_are_those_of_training(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_gradients_repeat_to_the_bit_on_any_number_of_threads(dtype: torch.dtype):
-    model, tree, before = tiny(LlamaConfig, dtype), forest(), torch.get_num_threads()
+@both_widths
+def test_gradients_repeat_to_the_bit_on_any_number_of_threads(dtype: torch.dtype, width: int):
+    model, tree = tiny(LlamaConfig, dtype, head_dim=width), forest(stem=210)
+    before = torch.get_num_threads()
     first = learnt(model, tree)[1]
     try:
         for threads in (1, 2, 2):
@@ -146,8 +170,9 @@ def test_gradients_repeat_to_the_bit_on_any_number_of_threads(dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("name", ["model.norm", "model.layers.0.input_layernorm", "model.layers.1.mlp.down_proj"])
-def test_a_weight_that_is_no_number_shows_in_the_loss(name: str, dtype: torch.dtype):
-    model = tiny(LlamaConfig, dtype)
+@both_widths
+def test_a_weight_that_is_no_number_shows_in_the_loss(name: str, dtype: torch.dtype, width: int):
+    model = tiny(LlamaConfig, dtype, head_dim=width)
     with torch.no_grad():
         model.get_submodule(name).weight.view(-1)[0] = float("nan")  # type: ignore[union-attr,operator]
     assert torch.isnan(policy.tree_logprobs(model, forest())).any()
@@ -230,23 +255,24 @@ def test_gate_and_rotation_have_the_gradients_of_autograd(dtype: torch.dtype):
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("width", [8, 32, 96])
 @pytest.mark.parametrize("lengths", [(20, 9), (260, 70)])
+@pytest.mark.parametrize("kv", [1, 2, 6])
 def test_attention_has_the_gradient_of_autograd(
-    dtype: torch.dtype, window: int | None, width: int, lengths: tuple[int, int]
+    dtype: torch.dtype, window: int | None, width: int, lengths: tuple[int, int], kv: int
 ):
     torch.manual_seed(0)
     tree = forest(*lengths)
     size, plan = len(tree.ids_T), TreePlan(tree, flex=False)
-    qkv, g = torch.randn(size, 4 + 2 * 2, width).to(dtype), torch.randn(size, 4, width).to(dtype)
+    qkv, g = torch.randn(size, 6 + 2 * kv, width).to(dtype), torch.randn(size, 6, width).to(dtype)
     wide = qkv.double().requires_grad_()
-    q, k, v = wide.transpose(0, 1).split((4, 2, 2))
+    q, k, v = wide.transpose(0, 1).split((6, kv, kv))
     places, depth = torch.arange(size), tree.positions_T
     seen = (places <= places[:, None]) & (places[:, None] < tree.ends_T)
     seen &= depth[:, None] - depth < (window or size)
-    k, v = (part.repeat_interleave(2, 0) for part in (k, v))
+    k, v = (part.repeat_interleave(6 // kv, 0) for part in (k, v))
     expected = ((q @ k.mT * 0.3).masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1)
-    heads = Heads(qkv, 2)
+    heads = Heads(qkv, kv)
     assert_near(attend(heads, plan.units(window), 0.3), expected.detach(), dtype)
-    found = attend_back(heads, g, plan.units(window), plan.copies(2), 0.3)
+    found = attend_back(heads, g, plan.units(window), plan.copies(kv), 0.3)
     assert_near(found.all, torch.autograd.grad(expected, wide, g.double())[0], dtype)
 
 
@@ -263,8 +289,8 @@ def test_the_output_layer_equals_the_plain_one(dtype: torch.dtype, monkeypatch: 
         assert_near(mine, theirs, dtype)
 
 
-@pytest.mark.parametrize("size", [1, 31, 32, 200])
-@pytest.mark.parametrize("rows", [40, 64])
+@pytest.mark.parametrize("size", [1, 31, 32, 200, 3000])
+@pytest.mark.parametrize("rows", [40, 64, 160])
 def test_weight_gradients_on_tiles_are_products(size: int, rows: int):
     torch.manual_seed(0)
     g, x = torch.randn(size, rows + 32).bfloat16()[:, 32:], torch.randn(size, 96).bfloat16()

@@ -47,7 +47,8 @@ def test_free_memory_is_that_of_the_tighter_bound(
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    3000 kB\n")
     if limit:
         (tmp_path / "memory.max").write_text(f"{limit}\n")
-        (tmp_path / "memory.current").write_text(f"{2**20}\n")
+        (tmp_path / "memory.current").write_text(f"{2**20 + 4096}\n")
+        (tmp_path / "memory.stat").write_text("active_file 99\ninactive_file 4096\n")  # it goes when it must
     monkeypatch.setattr(_memory, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(_memory, "GROUP", tmp_path)
     assert _memory.free() == free

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from upturn import trees
+from upturn.models import load, policy
 from upturn.models.native import back, ops
 from upturn.training import _masters, plan
 from upturn.training.optimizer import MasterAdamW
+from upturn.types import Sample
 
 CFG = plan.Config(weight_decay=0.1, max_grad_norm=0.5)
 
@@ -80,6 +83,29 @@ def test_an_update_reads_a_gradient_of_either_type():
         back.adamw(weight, low, (grad.to(dtype), *state), (0.5, 0.9, 0.99, 1e-8, 0.1, 0.1, 0.999))
         found.append((weight, low, *state))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.skipif(not ops.usable(torch.zeros(1, dtype=torch.bfloat16)), reason="no kernels on this machine")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [1, 4096, 70_001])
+def test_the_norm_of_a_gradient_is_that_of_torch(dtype: torch.dtype, size: int):
+    grad = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert back.norm_of(grad) == pytest.approx(float(torch.linalg.vector_norm(grad.double())), rel=1e-6)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_tied_weights_get_both_their_gradients(tiny_model: Path, batches: int):
+    """That of the output layer comes in parts, before that of the embedding."""
+    loaded = load.load(str(tiny_model), "float32", device="cpu")
+    tree = trees.build([Sample((1, 5, 9), (3, 4)), Sample((1, 5, 9), (6,))])
+    weight = loaded.model.get_input_embeddings().weight  # type: ignore[operator]
+    assert weight is loaded.model.get_output_embeddings().weight  # type: ignore[operator]
+    optimizer = MasterAdamW(loaded.model, CFG)
+    (expected,) = torch.autograd.grad(policy.tree_logprobs(loaded.model, tree).sum(), [weight])
+    for _ in range(batches):
+        optimizer.backward(policy.tree_logprobs(loaded.model, tree).sum())
+    found = optimizer.grads[next(place for place, own in enumerate(optimizer.weights) if own is weight)]
+    torch.testing.assert_close(found, batches * expected)
 
 
 @pytest.mark.skipif(not ops.usable(torch.zeros(1, dtype=torch.bfloat16)), reason="no kernels on this machine")

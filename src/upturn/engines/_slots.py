@@ -125,10 +125,10 @@ class StepPlan:
         return out_T[None]
 
     def takes(self, layer: ops.Layer, x_T: Tensor) -> bool:
-        """Whether `run` can do all of a layer: on kernels, and with heads as the config promised."""
-        slots = self.slots
+        """Whether `run` can do all of a layer: on kernels, and with sizes as config and plan promised."""
+        slots, size = self.slots, (len(self.row_T), layer.width)
         asked, promised = (layer.kv_heads, layer.d, x_T.dtype), (slots.heads, slots.width, slots.keys.dtype)
-        return slots.native and asked == promised
+        return slots.native and asked == promised and x_T.shape == size
 
     def run(self, layer: int, whole: ops.Layer, x_T: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         """A layer in one call: `x [T, d] -> [T, d]`, with cos and sin `[T, D]`."""

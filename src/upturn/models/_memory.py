@@ -10,11 +10,16 @@ GROUP = Path("/sys/fs/cgroup")
 
 
 def free() -> int:
-    """Bytes that are available now, of the machine or of the container, whichever has fewer; 0 where nobody tells."""
+    """Bytes that are available now, of the machine or of the container (as cgroup v2 shows it within), whichever has
+    fewer; 0 where nobody tells."""
     found: list[int] = []
     with suppress(OSError, StopIteration, ValueError):
-        line = next(line for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
-        found.append(int(line.split()[1]) * 2**10)
-    with suppress(OSError, ValueError):  # "max" where there is no limit
-        found.append(int((GROUP / "memory.max").read_text()) - int((GROUP / "memory.current").read_text()))
+        found.append(_value(MEMINFO, "MemAvailable:") * 2**10)
+    with suppress(OSError, StopIteration, ValueError):  # "max" where there is no limit
+        limit, taken = (int((GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        found.append(limit - taken + _value(GROUP / "memory.stat", "inactive_file"))
     return max(0, min(found, default=0))
+
+
+def _value(file: Path, name: str) -> int:
+    return int(next(line.split()[1] for line in file.read_text().splitlines() if line.startswith(f"{name} ")))

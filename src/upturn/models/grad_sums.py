@@ -1,4 +1,4 @@
-"""Where an optimizer that sums gradients itself gets some of them in parts, so that the whole never exists.
+"""Where an optimizer that sums gradients itself gets some of them in parts, so that none exists beside its sum.
 
 The largest weight is the one of the output layer, and its gradient is made while all activations are still held.
 """

@@ -62,8 +62,8 @@ class MasterAdamW:
         """Add a gradient, cut along its first axis, to those before it."""
         weight, native = self.weights[place], self.masters[place].native
         is_first = place not in self.grads
-        total = torch.empty_like(weight) if is_first else _sum_from(self.grads[place], native=native)
-        self.grads[place], first = total.detach(), 0
+        total = torch.empty_like(weight).detach() if is_first else _sum_from(self.grads[place], native=native)
+        first = 0
         for grad in parts:
             here = total[first : first + len(grad)] if total.dim() else total
             first += len(grad) if total.dim() else 0
@@ -73,6 +73,7 @@ class MasterAdamW:
                 back.add_gradient(grad, here, is_first=False)
             else:
                 here.add_(grad)
+        self.grads[place] = total
 
     def step(self, weight: float, learning_rate: float) -> Tensor:
         """Divide by the weight of the whole step, clip, update; returns the gradient norm before clipping."""

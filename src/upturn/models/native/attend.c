@@ -11,6 +11,7 @@
  *
  * A token's result does not depend on the tokens that are computed with it: every sum runs over all places in one order.
  */
+#include "calls.h"
 #include "tiles.h"
 #include "vec.h"
 
@@ -93,7 +94,7 @@ static void scores_of(const block *b, const real *keys) {
 #ifdef TILES
     if (tiles_allowed()) {
         for (int64_t t = 0; t < span; t += SIDE) {
-            _tile_zero(0);
+            begin_sums();
             for (int64_t j = 0; j < b->width; j += DEPTH) {
                 _tile_loadd(1, b->q + j, b->width * 2);
                 _tile_loadd(2, keys + t * b->width + j * SIDE, 64);
@@ -113,8 +114,7 @@ static void mix_of(const block *b, const real *values) {
 #ifdef TILES
     if (tiles_allowed()) {
         for (int64_t j = 0; j < b->width; j += 2 * SIDE) {
-            _tile_zero(0);
-            _tile_zero(1);
+            begin_sums();
             for (int64_t t = 0; t < span; t += DEPTH) {
                 _tile_loadd(2, b->weights + t, span * 2);
                 _tile_loadd(3, values + t * b->width + j * PAIR, step * 2);
@@ -169,11 +169,6 @@ static inline float weigh(float *scores, int64_t span, int64_t low, int64_t high
     memset(weights + to, 0, (size_t)(span - to) * sizeof(real));
     return 1.0f / total(all);
 }
-
-/* New tokens of one slot: `count` of them from place `place` on, in the step from `flat` on. */
-typedef struct {
-    int64_t slot, flat, place, count;
-} run;
 
 static inline int64_t up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 

@@ -6,6 +6,7 @@ queries and keys, `N` targets.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -26,14 +27,14 @@ _SIGNATURES = {
     "logits_back": "iiipppp",
     "add_gradient": "ippi",
     "columns_product": "iiiiippp",
-    "squares": "i" + "ppp",
+    "squares": "ii" + "ppp",
     "tree_attend": "ip" + "iiii" + "pf" + "pppp",
     "adamw": "i" + "pppppp" + "fffffff",
 }
 PARTS = 16
 """Sums over tokens are made in so many parts, whatever the number of threads."""
 PIECE = 4096
-"""Numbers that `squares` sums in one go."""
+"""Squares of so many numbers are summed in fp32, those sums exactly."""
 MOST_WIDTH = 512
 """The widest head that `collect` takes."""
 
@@ -109,8 +110,8 @@ def tree_attend(x: Tensor, kv_heads: int, units: Tensor, scale: float, out: Tens
 def tree_attend_back(
     x: Tensor, kv_heads: int, units: Tensor, scale: float, g: Tensor, out: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    """Its gradient, given that of `out`, `g [T, H, D]`: that of the queries, which goes into a tensor like `x`, and of
-    the copies of keys and values, `[rows, D]`."""
+    """Its gradient, where that of the result is `g [T, H, D]`. `out`: a tensor like `x`, which gets the gradient of the
+    queries in their places, and two `[rows, D]` for those of the copies of keys and of values."""
     _tree_attend(x, kv_heads, units, scale, g, out)
 
 
@@ -161,8 +162,8 @@ def add_gradient(g: Tensor, total: Tensor, *, is_first: bool) -> None:
 def norm_of(grad: Tensor) -> float:
     """The root of the sum of squares of a gradient, in fp32 or bf16, summed alike on any number of threads."""
     pieces = torch.empty(-(-grad.numel() // PIECE))
-    _library(grad.dtype).squares(grad.numel(), *_by_type(grad), pieces.data_ptr())
-    return float(pieces.double().sum().sqrt())
+    _library(grad.dtype).squares(grad.numel(), PIECE, *_by_type(grad), pieces.data_ptr())
+    return math.sqrt(math.fsum(pieces.tolist()))
 
 
 def adamw(weight: Tensor, low: Tensor | None, state: tuple[Tensor, Tensor, Tensor], numbers: tuple[float, ...]) -> None:

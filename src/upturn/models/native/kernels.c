@@ -3,6 +3,7 @@
  * Rows are contiguous. Where torch rounds to bfloat16 between two operations, so does this, hence results differ from
  * torch's only by the order of sums.
  */
+#include "calls.h"
 #include "vec.h"
 
 /* One row's RMS norm times w. */

@@ -1,20 +1,9 @@
 /* A decoder layer of generation in one call, from weights packed into tiles: with few rows, to call its kernels one by
  * one from outside takes as long as some of them.
  */
-#include "tiles.h"
+#include "calls.h"
 
-void norm(int64_t n, int64_t d, const real *x, const real *y, const real *w, float eps, real *sum, real *out);
-void rope(int64_t n, int64_t heads, int64_t d, int64_t stride, real *x, const real *cos, const real *sin, const real *w,
-          float eps);
-int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *panels, const real *bias, int64_t gated,
-            real *out);
-void keep(int64_t n, int64_t heads, int64_t d, int64_t stride, const real *k, const real *v, const int64_t *slot,
-          const int64_t *place, int64_t length, int64_t width, real *keys, real *values);
-int attend(int64_t n, const void *runs, int64_t heads, int64_t kv_heads, int64_t d, int64_t stride, const real *q,
-           int64_t length, int64_t width, const real *keys, const real *values, float scale, float cap, int64_t window,
-           real *out);
-
-/* What does not change: sizes, weights (packed where they are matrices; NULL where there is none), and how it attends. */
+/* What does not change: sizes, weights (packed where they are matrices, NULL where there is none), how it attends. */
 typedef struct {
     int64_t width, heads, kv_heads, d, wide, window; /* wide: of gate and up together */
     const real *before, *join, *join_bias, *q_norm, *k_norm, *out, *out_bias;
@@ -26,7 +15,7 @@ typedef struct {
 typedef struct {
     int64_t tokens, runs, length, slot_width;
     const int64_t *slot, *place;
-    const void *run;
+    const run *run;
 } step;
 
 /* x [tokens, width] -> out, the same; cos and sin [tokens, d]. Returns 1 where memory is short. */

@@ -3,6 +3,7 @@
  * Every number of the result is summed in the same order whatever the number of rows, so it does not depend on the
  * other rows of the batch. Any number of rows will do at once: oneDNN makes a new kernel for each.
  */
+#include "calls.h"
 #include "tiles.h"
 #include "vec.h"
 
@@ -34,10 +35,7 @@ void pack(int64_t rows, int64_t depth, const real *weight, real *panels) {
 static inline void rows_by_panel(int64_t tiles, const real *x, int64_t stride, int more, const real *panel,
                                  const real *next, int64_t lines, float *sums) {
     const real *below = x + SIDE * stride;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    begin_sums();
     for (int64_t t = 0; t < tiles; t++) {
         for (int64_t l = 0; l < lines; l++, next += CACHE_LINE) _mm_prefetch(next, _MM_HINT_T1);
         _tile_loadd(4, x + t * DEPTH, stride * 2);

@@ -4,32 +4,16 @@
  * less than half its speed; here they are packed into tiles once. Other processors get 1 back, and use the general one.
  */
 #include "tiles.h"
-#include <omp.h>
 
 #ifdef TILES
 enum { HELD = 1 << 19 };
 
+int omp_get_max_threads(void); /* not every compiler comes with omp.h */
+
 /* 32 x 32 numbers of the result from two panels of tiles each way. */
 static inline void block(int64_t depth, const real *left, const real *right, float *sums, int64_t stride, real *out) {
-    const real *left2 = left + depth * TILE, *right2 = right + depth * TILE;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t t = 0; t < depth; t++) {
-        _tile_loadd(4, left + t * TILE, 64);
-        _tile_loadd(6, right + t * TILE, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, right2 + t * TILE, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, left2 + t * TILE, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, sums, 128);
-    _tile_stored(1, sums + SIDE, 128);
-    _tile_stored(2, sums + SIDE * 32, 128);
-    _tile_stored(3, sums + SIDE * 32 + SIDE, 128);
+    sum_up(depth, left, left + depth * TILE, TILE, DEPTH, right, right + depth * TILE);
+    put_sums(sums, 32);
     for (int i = 0; i < 32; i++)
         for (int j = 0; j < 32; j++) out[i * stride + j] = store(sums[i * 32 + j]);
 }
@@ -61,8 +45,10 @@ int columns_product(int64_t n, int64_t o, int64_t i, int64_t g_stride, int64_t x
             for (int64_t r = first; left && r < last; r++)
                 pack_left(n, g_stride, g + r * 32, 2, left + 2 * (r - first) * strip);
             for (int64_t c = 0; left && c < i / 32; c++)
-                for (int64_t r = first; r < last; r++)
-                    block(depth, left + 2 * (r - first) * strip, right + 2 * c * strip, sums, i, out + r * 32 * i + c * 32);
+                for (int64_t r = first; r < last; r++) {
+                    const real *rows = left + 2 * (r - first) * strip, *columns = right + 2 * c * strip;
+                    block(depth, rows, columns, sums, i, out + r * 32 * i + c * 32);
+                }
         }
         _tile_release();
         free(left);

@@ -6,7 +6,8 @@
 #pragma once
 #include "real.h"
 
-#if defined BF16 && defined __AMX_BF16__ && defined __AVX512BF16__ && defined __AVX512BW__ && defined __AVX512VL__ && defined __linux__
+#if defined BF16 && defined __AMX_BF16__ && defined __AVX512BF16__ && defined __AVX512BW__ && defined __AVX512VL__ &&     \
+    defined __linux__
 #define TILES
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -65,8 +66,8 @@ static inline __m512i pairs(const real *x, int64_t stride, int64_t rows, int64_t
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-/* x [n, .] by its columns, 16 in `count` strips side by side: a strip is n / 32 tiles of 32 rows, with pairs of rows
- * interleaved, right factors of a product that sums over the rows. Strips lie one behind the other. */
+/* `count` strips of x [n, .], 16 columns each, as right factors of a product that sums over the rows: per strip n / 32
+ * tiles, pairs of rows interleaved, and the next strip behind them. */
 static inline void pack_right(int64_t n, int64_t stride, const real *x, int64_t count, real *tiles) {
     int64_t strip = (n + DEPTH - 1) / DEPTH * TILE;
     for (int64_t t = 0; t < n; t += DEPTH, tiles += TILE)
@@ -85,5 +86,39 @@ static inline void pack_left(int64_t n, int64_t stride, const real *x, int64_t c
             transpose(rows);
             for (int r = 0; r < SIDE; r++) _mm512_store_si512(tiles + s * strip + r * DEPTH, rows[r]);
         }
+}
+
+/* Four sums of tiles, 32 rows by 32 columns, begin at 0. What was written before must be there for the loads that
+ * follow: for some compilers these do not read memory. */
+static inline void begin_sums(void) {
+    __asm__ volatile("" ::: "memory");
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+/* To 32 rows of numbers. */
+static inline void put_sums(float *out, int64_t columns) {
+    _tile_stored(0, out, columns * 4);
+    _tile_stored(1, out + SIDE, columns * 4);
+    _tile_stored(2, out + SIDE * columns, columns * 4);
+    _tile_stored(3, out + SIDE * columns + SIDE, columns * 4);
+}
+
+/* 32 rows, in two times 16 with rows `stride` and tiles `step` apart, times 32 packed columns in two strips. */
+static inline void sum_up(int64_t tiles, const real *x, const real *x2, int64_t step, int64_t stride, const real *right,
+                          const real *right2) {
+    begin_sums();
+    for (int64_t t = 0; t < tiles; t++) {
+        _tile_loadd(4, x + t * step, stride * 2);
+        _tile_loadd(6, right + t * TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, right2 + t * TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, x2 + t * step, stride * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
 }
 #endif

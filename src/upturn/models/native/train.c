@@ -202,18 +202,16 @@ void add_gradient(int64_t n, const real *g, float *sum, int64_t is_first) {
     for (int64_t i = 0; i < n; i++) sum[i] = (is_first ? 0.0f : sum[i]) + load(g[i]);
 }
 
-enum { PIECE = 4096 };
-
-/* The sum of squares of each PIECE numbers of g, or of the sum where it is there. */
-void squares(int64_t n, const real *g, const float *sum, float *of_pieces) {
+/* The sum of squares of each `piece` numbers of g, or of the sum where it is there. */
+void squares(int64_t n, int64_t piece, const real *g, const float *sum, float *of_pieces) {
 #pragma omp parallel for schedule(static)
-    for (int64_t p = 0; p < (n + PIECE - 1) / PIECE; p++) {
-        int64_t last = (p + 1) * PIECE < n ? (p + 1) * PIECE : n;
+    for (int64_t p = 0; p < (n + piece - 1) / piece; p++) {
+        int64_t last = (p + 1) * piece < n ? (p + 1) * piece : n;
         float total = 0;
         if (sum)
-            for (int64_t i = p * PIECE; i < last; i++) total += sum[i] * sum[i];
+            for (int64_t i = p * piece; i < last; i++) total += sum[i] * sum[i];
         else
-            for (int64_t i = p * PIECE; i < last; i++) total += load(g[i]) * load(g[i]);
+            for (int64_t i = p * piece; i < last; i++) total += load(g[i]) * load(g[i]);
         of_pieces[p] = total;
     }
 }
@@ -230,8 +228,7 @@ static inline float joined(real weight, uint16_t low) {
 #endif
 }
 
-/* One update by AdamW in float: g, or the sum where it is there, times `factor`; `fix` is the root of the second moment's
- * correction, `rate` the learning rate over the first one's, `decay` what is left of the weight. */
+/* One number's update by AdamW in float. */
 static inline void update(int64_t i, real *weight, uint16_t *low, float grad, float *m, float *v, float beta1,
                           float beta2, float eps, float fix, float rate, float decay) {
     m[i] += (grad - m[i]) * (1.0f - beta1);
@@ -247,6 +244,8 @@ static inline void update(int64_t i, real *weight, uint16_t *low, float grad, fl
     weight[i] = store(value);
 }
 
+/* One update by AdamW of n numbers. Their gradient is g, or the sum where it is there, times `factor`; `fix` is the root
+ * of the second moment's correction, `rate` the learning rate over the first one's, `decay` what is left of the weight. */
 void adamw(int64_t n, real *weight, uint16_t *low, const real *g, const float *sum, float *m, float *v, float factor,
            float beta1, float beta2, float eps, float fix, float rate, float decay) {
     if (sum) {

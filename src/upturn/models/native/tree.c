@@ -1,8 +1,8 @@
 /* Attention over the units of a token tree, and its gradient, on the matrix tiles of a processor with AMX.
  *
- * A unit is a few tokens that see the same earlier ones, and each other as far as `seen` says. The query heads of one key
- * head lie one under the other, as rows of one product. Nothing but queries, keys and values is kept for the backward
- * pass. Other processors get no such kernel: there plain products do it.
+ * A unit is a few tokens that see the same earlier ones, and each other as far as `seen` says. The query heads of one
+ * key head lie one under the other, as rows of one product. Nothing but queries, keys and values is kept for the
+ * backward pass. Other processors get no such kernel: there plain products do it.
  */
 #include "tiles.h"
 #include "vec.h"
@@ -35,7 +35,7 @@ typedef struct {
     float *scores, *more, *sums; /* [32, span] twice, [32, d] */
 } scratch;
 
-static inline int64_t whole(int64_t x) { return (x + SIDES - 1) / SIDES * SIDES; }
+static inline int64_t up(int64_t x) { return (x + SIDES - 1) / SIDES * SIDES; }
 
 /* x [n, d] -> per 16 rows d / 32 right tiles: products sum over d. */
 static inline void pack_rows(int64_t n, int64_t d, const real *x, real *tiles) {
@@ -53,24 +53,8 @@ static inline void rows_times(int64_t tiles, const real *x, const real *x2, int6
                               const real *right, int64_t columns, float *out) {
     for (int64_t c = 0; c < columns; c += SIDES) {
         const real *one = right + c / SIDE * tiles * TILE, *two = one + tiles * TILE;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t t = 0; t < tiles; t++) {
-            _tile_loadd(4, x + t * step, stride * 2);
-            _tile_loadd(6, one + t * TILE, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, two + t * TILE, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, x2 + t * step, stride * 2);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(0, out + c, columns * 4);
-        _tile_stored(1, out + c + SIDE, columns * 4);
-        _tile_stored(2, out + SIDE * columns + c, columns * 4);
-        _tile_stored(3, out + SIDE * columns + c + SIDE, columns * 4);
+        sum_up(tiles, x, x2, step, stride, one, two);
+        put_sums(out + c, columns);
     }
 }
 
@@ -216,15 +200,15 @@ static int64_t cut(scratch *s, int64_t rows, int64_t span, int64_t d, int back, 
     return at;
 }
 
-/* Attention of all units over x [T, heads + 2 kv_heads, d], rows `stride` apart, d a multiple of 32 -> out [T, heads, d].
- * Where g, the gradient of that, is there: the gradient of queries into out, which lies like x then, and of each unit's
- * keys and values into copies [rows, d]. Returns 1 where memory is short. */
+/* Attention of all units over x [T, heads + 2 kv_heads, d], rows `stride` apart, d a multiple of 32, into out
+ * [T, heads, d]. Where g, the gradient of that, is there: the gradient of the queries into out, which lies like x then,
+ * and of each unit's keys and values into copies [rows, d]. Returns 1 where memory is short. */
 int tree_attend(int64_t n, const unit *units, int64_t heads, int64_t kv_heads, int64_t d, int64_t stride, const real *x,
                 float scale, const real *g, real *out, real *keys, real *values) {
     layout l = {heads, kv_heads, d, stride, scale};
     int64_t groups = heads / kv_heads, most_rows = 0, most_span = 0;
     for (int64_t i = 0; i < n; i++) {
-        int64_t rows = whole(units[i].queries * groups), span = whole(units[i].keys);
+        int64_t rows = up(units[i].queries * groups), span = up(units[i].keys);
         most_rows = rows > most_rows ? rows : most_rows;
         most_span = span > most_span ? span : most_span;
     }
@@ -245,7 +229,7 @@ int tree_attend(int64_t n, const unit *units, int64_t heads, int64_t kv_heads, i
             const unit *u = units + task / kv_heads;
             int64_t h = task % kv_heads, real_rows = u->queries * groups;
             if (!memory) continue;
-            s.rows = whole(real_rows), s.span = whole(u->keys);
+            s.rows = up(real_rows), s.span = up(u->keys);
             gather(real_rows, s.rows, u->queries, u->query, d, stride, x + h * groups * d, s.q);
             gather(u->keys, s.span, u->keys, u->key, d, stride, x + (heads + h) * d, s.k);
             gather(u->keys, s.span, u->keys, u->key, d, stride, x + (heads + kv_heads + h) * d, s.v);
