@@ -82,6 +82,12 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype,
     assert (found.double() - expected.double()).abs().max() <= CLOSE[dtype] * expected.abs().max(), what
 
 
+def error(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    """The largest one of each gradient, relative to its largest number, in the mean."""
+    parts = [float((found[name] - grad).abs().max() / grad.abs().max()) for name, grad in exact.items()]
+    return sum(parts) / len(parts)
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("family", COMMON)
 @pytest.mark.parametrize("tied", [False, True])
@@ -96,8 +102,12 @@ def test_fused_layers_learn_as_plain_ones_do(
     expected, plain_grads = learnt(model, tree)
     assert_near(logprobs, expected, dtype)
     assert set(grads) == set(plain_grads) == {name for name, _ in model.named_parameters()}
-    for name, grad in plain_grads.items():
-        assert_near(grads[name], grad, dtype, name)
+    exact = learnt(model.float(), tree)[1]
+    if dtype == torch.float32:
+        for name, grad in exact.items():
+            assert_near(grads[name], grad, dtype, name)
+    else:  # both round, up to a tenth of the largest number: neither is nearer to the truth than the other
+        assert error(grads, exact) <= 1.5 * error(plain_grads, exact)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

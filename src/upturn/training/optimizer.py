@@ -22,8 +22,8 @@ EPS = 1e-8
 class MasterAdamW:
     """Owns the fp32 copies, collects gradients, and writes updates back to the model.
 
-    A gradient stays in the type of its weight while it is the only one of its step, and is the first part of an fp32
-    sum as soon as another one comes.
+    The gradient of one backward pass is in the type of its weight, as everywhere in torch. It is the first part of an
+    fp32 sum as soon as a second pass of the step adds to it.
     """
 
     def __init__(self, model: nn.Module, cfg: plan.Config) -> None:
@@ -38,9 +38,12 @@ class MasterAdamW:
         self.num_updates = 0
         self.grads: dict[int, Tensor] = {}
         """By place: the gradient of this step, or the fp32 sum of several."""
+        self._earlier: set[int] = set()
+        """Places whose gradient began before the backward pass that runs."""
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate; each gradient joins those before it as soon as it is there."""
+        self._earlier = set(self.grads)
         hooks = [w.register_post_accumulate_grad_hook(partial(self._take, i)) for i, w in enumerate(self.weights)]
         try:
             with grad_sums.into({weight: partial(self._add, place) for place, weight in enumerate(self.weights)}):
@@ -60,16 +63,19 @@ class MasterAdamW:
 
     def _add(self, place: int, parts: grad_sums.Parts) -> None:
         """Add a gradient, cut along its first axis, to those before it."""
-        weight, native = self.weights[place], self.masters[place].native
-        is_first = place not in self.grads
-        total = torch.empty_like(weight).detach() if is_first else _sum_from(self.grads[place], native=native)
+        native, total = self.masters[place].native, self.grads.get(place)
+        is_first = total is None
+        if total is None:
+            total = torch.empty_like(self.weights[place]).detach()
+        elif place in self._earlier:
+            total = _sum_from(total, native=native)
         first = 0
         for grad in parts:
             here = total[first : first + len(grad)] if total.dim() else total
             first += len(grad) if total.dim() else 0
             if is_first:
                 here.copy_(grad)
-            elif native and grad.is_contiguous():
+            elif native and grad.is_contiguous() and total.dtype == torch.float32:
                 back.add_gradient(grad, here, is_first=False)
             else:
                 here.add_(grad)
