@@ -16,7 +16,7 @@ GROUPS = {
     "linear layers": ("mm", "addmm", "linear", "_linear_pointwise", "mkldnn_linear", "product", "weight_gradient"),
     "attention": (
         *("bmm", "baddbmm", "_softmax", "_softmax_backward_data", "_scaled_dot_product"),
-        *("attend", "tree_attend", "tree_attend_back", "keep", "softmax_", "spread", "unspread", "collect"),
+        *("attend", "tree_attend", "keep", "softmax_", "spread", "unspread", "collect"),
     ),
     "choice of tokens and their log-probs": ("sample", "logits_seen", "logits_back_"),
     "gathers": ("index", "index_put", "_index_put_impl_", "index_select", "index_add", "index_copy", "gather", "cat"),

@@ -91,7 +91,7 @@ def attend_back(heads: Heads, g: Tensor, units: Units, copies: Copies, scaling: 
     rows = heads.kv_heads * sum(group.keys.numel() for group in units.groups)
     keys, values = heads.all.new_empty(2, rows, g.shape[2])
     if _fits_tiles(heads):
-        back.tree_attend_back(heads.all, heads.kv_heads, units.table, scaling, g, (out.all, keys, values))
+        back.tree_attend(heads.all, heads.kv_heads, units.table, scaling, out.all, (g, keys, values))
     else:
         _attend_back(heads, g, units.groups, scaling, (out.parts[0], keys, values))
     for part, found in zip(out.parts[1:], (keys, values), strict=True):

@@ -68,7 +68,7 @@ class MasterAdamW:
         if total is None:
             total = torch.empty_like(self.weights[place]).detach()
         elif place in self._earlier:
-            total = _sum_from(total, native=native)
+            total = total.float()
         first = 0
         for grad in parts:
             here = total[first : first + len(grad)] if total.dim() else total
@@ -95,7 +95,6 @@ class MasterAdamW:
         self._update(native, float(factor) if native else 0.0, learning_rate)
         if others:
             self._update_by_torch(others, factor, learning_rate)
-        self.grads.clear()
         return norm
 
     def _norm(self, place: int) -> Tensor:
@@ -159,12 +158,3 @@ class MasterAdamW:
                 self.num_updates = int(tensors[f"step/{name}"])
                 self.exp_avg[place].copy_(tensors[f"exp_avg/{name}"])
                 self.exp_avg_sq[place].copy_(tensors[f"exp_avg_sq/{name}"])
-
-
-def _sum_from(grad: Tensor, *, native: bool) -> Tensor:
-    """The fp32 sum that begins with a gradient, or is it already."""
-    if grad.dtype == torch.float32 or not native:
-        return grad.float()
-    total = torch.empty_like(grad, dtype=torch.float32)
-    back.add_gradient(grad, total, is_first=True)
-    return total

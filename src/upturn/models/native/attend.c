@@ -170,8 +170,6 @@ static inline float weigh(float *scores, int64_t span, int64_t low, int64_t high
     return 1.0f / total(all);
 }
 
-static inline int64_t up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-
 /* Attention of new tokens, each over its slot up to its own place (and no further back than `window`, if not 0), scores
  * times `scale` and capped at `cap`, if not 0.
  *

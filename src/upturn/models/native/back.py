@@ -102,32 +102,23 @@ def softmax_(scores: Tensor, seen: Tensor, scale: float, g: Tensor | None = None
         raise MemoryError("softmax found no memory for a row")
 
 
-def tree_attend(x: Tensor, kv_heads: int, units: Tensor, scale: float, out: Tensor) -> None:
-    """Attention of units over `x [T, H + 2 Hkv, D]` into `out [T, H, D]`; `units` as in tree.c. For tiles only."""
-    _tree_attend(x, kv_heads, units, scale, None, (out, None, None))
-
-
-def tree_attend_back(
-    x: Tensor, kv_heads: int, units: Tensor, scale: float, g: Tensor, out: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    """Its gradient, where that of the result is `g [T, H, D]`. `out`: a tensor like `x`, which gets the gradient of the
-    queries in their places, and two `[rows, D]` for those of the copies of keys and of values."""
-    _tree_attend(x, kv_heads, units, scale, g, out)
-
-
-def _tree_attend(
+def tree_attend(
     x: Tensor,
     kv_heads: int,
     units: Tensor,
     scale: float,
-    g: Tensor | None,
-    out: tuple[Tensor, Tensor | None, Tensor | None],
+    out: Tensor,
+    gradient: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
+    """Attention of units over `x [T, H + 2 Hkv, D]` into `out [T, H, D]`; `units` as in tree.c. For tiles only.
+
+    gradient   where it is there, that of the result, `[T, H, D]`, and two `[rows, D]` that get those of the copies of
+               keys and of values; `out` is like `x` then and gets that of the queries in their places
+    """
     heads, width = x.shape[1] - 2 * kv_heads, x.shape[2]
-    given = (x.data_ptr(), scale, None if g is None else g.data_ptr())
-    into = (None if part is None else part.data_ptr() for part in out)
-    args = (len(units), units.data_ptr(), heads, kv_heads, width, x.stride(0), *given, *into)
-    if _library(x.dtype).tree_attend(*args):
+    g, keys, values = (None, None, None) if gradient is None else (part.data_ptr() for part in gradient)
+    args = (heads, kv_heads, width, x.stride(0), x.data_ptr(), scale, g, out.data_ptr(), keys, values)
+    if _library(x.dtype).tree_attend(len(units), units.data_ptr(), *args):
         raise MemoryError("attention over a tree found no memory for its scratch space")
 
 

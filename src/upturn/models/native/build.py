@@ -34,6 +34,8 @@ HEADERS = ("real.h", "vec.h", "tiles.h", "calls.h")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp")
 ARITHMETIC = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffinite-math-only")
 """Not -ffast-math: its linker flags would make the whole process flush denormal numbers to zero."""
+LINK = ("-shared", "-Wl,-Bsymbolic")
+"""Kernels call each other, whatever else in the process is called alike."""
 _KINDS = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float}
 WIDE = "-mprefer-vector-width=512"
 TYPES = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
@@ -77,7 +79,7 @@ def _openmp() -> str | None:
 def _built(compiler: str, openmp: str, defines: tuple[str, ...]) -> Path:
     flags = [*FLAGS, *ARITHMETIC, *defines, *([WIDE] if platform.machine() == "x86_64" else [])]
     text = [(HERE / name).read_text() for name in (*SOURCES, *HEADERS)]
-    facts = [*text, str(SOURCES), "-Bsymbolic", compiler, openmp, *flags, _processor()]
+    facts = [*text, str(SOURCES), compiler, openmp, *flags, *LINK, _processor()]
     target = cache_dir() / "native" / f"{hashlib.sha256('|'.join(facts).encode()).hexdigest()[:16]}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,10 +88,9 @@ def _built(compiler: str, openmp: str, defines: tuple[str, ...]) -> Path:
             tempfile.TemporaryDirectory(dir=target.parent) as scratch,  # beside the result: one move puts it there
         ):
             made, out = [str(Path(scratch) / f"{name}.o") for name in SOURCES], Path(scratch) / target.name
-            for (source, more), part in zip(SOURCES.items(), made, strict=True):
-                _call(compiler, *flags, *more, "-c", str(HERE / source), "-o", part)
-            own = ("-shared", "-Wl,-Bsymbolic")  # kernels call each other, whatever else is called alike
-            _call(compiler, *own, *made, openmp, "-lm", "-o", str(out))
+            for (source, own), part in zip(SOURCES.items(), made, strict=True):
+                _call(compiler, *flags, *own, "-c", str(HERE / source), "-o", part)
+            _call(compiler, *LINK, *made, openmp, "-lm", "-o", str(out))
             os.replace(out, target)
     return target
 

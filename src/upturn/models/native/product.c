@@ -8,7 +8,7 @@
 #include "vec.h"
 
 #ifdef TILES
-enum { PANEL = 2 * SIDE, HELD = 1 << 20, CACHE_LINE = 32 };
+enum { HELD = 1 << 20, CACHE_LINE = 32 };
 
 int has_tiles(void) { return tiles_allowed(); }
 
@@ -19,14 +19,9 @@ void pack(int64_t rows, int64_t depth, const real *weight, real *panels) {
 #pragma omp parallel for schedule(static)
     for (int64_t half = 0; half < (rows + PANEL - 1) / PANEL * 2; half++)
         for (int64_t t = 0; t < tiles; t++) {
-            __m512i pairs[SIDE];
-            for (int64_t r = 0; r < SIDE; r++) {
-                int64_t row = half * SIDE + r;
-                pairs[r] = row < rows ? _mm512_loadu_si512(weight + row * depth + t * DEPTH) : _mm512_setzero_si512();
-            }
-            transpose(pairs);
+            int64_t row = half * SIDE;
             real *tile = panels + ((half / 2 * tiles + t) * 2 + half % 2) * TILE;
-            for (int r = 0; r < SIDE; r++) _mm512_store_si512(tile + r * DEPTH, pairs[r]);
+            pack_rows(rows - row, depth, weight + row * depth + t * DEPTH, tile);
         }
 }
 
@@ -48,11 +43,12 @@ static inline void rows_by_panel(int64_t tiles, const real *x, int64_t stride, i
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, sums, PANEL * 4);
-    _tile_stored(1, sums + SIDE, PANEL * 4);
-    if (!more) return;
-    _tile_stored(2, sums + SIDE * PANEL, PANEL * 4);
-    _tile_stored(3, sums + SIDE * PANEL + SIDE, PANEL * 4);
+    if (more) {
+        put_sums(sums, PANEL);
+    } else {
+        _tile_stored(0, sums, PANEL * 4);
+        _tile_stored(1, sums + SIDE, PANEL * 4);
+    }
 }
 
 /* A row of sums, and its place in the result: as it is, or SiLU of the first half times the second. */

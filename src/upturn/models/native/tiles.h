@@ -12,7 +12,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH };
+enum { SIDE = 16, PANEL = 2 * SIDE, DEPTH = 32, TILE = SIDE * DEPTH };
 
 typedef struct {
     uint8_t palette, start, reserved[14];
@@ -58,6 +58,15 @@ static inline void transpose(__m512i *a) {
     }
 }
 
+/* 16 rows of x by 32 columns as the right factor of a product that sums over the columns; what lies beyond `rows` is 0. */
+static inline void pack_rows(int64_t rows, int64_t stride, const real *x, real *tile) {
+    __m512i pairs[SIDE];
+    for (int64_t r = 0; r < SIDE; r++)
+        pairs[r] = r < rows ? _mm512_loadu_si512(x + r * stride) : _mm512_setzero_si512();
+    transpose(pairs);
+    for (int r = 0; r < SIDE; r++) _mm512_store_si512(tile + r * DEPTH, pairs[r]);
+}
+
 /* Two rows of 16 numbers, side by side pair by pair. */
 static inline __m512i pairs(const real *x, int64_t stride, int64_t rows, int64_t r) {
     __m512i low = _mm512_setzero_si512(), high = low;
@@ -69,7 +78,7 @@ static inline __m512i pairs(const real *x, int64_t stride, int64_t rows, int64_t
 /* `count` strips of x [n, .], 16 columns each, as right factors of a product that sums over the rows: per strip n / 32
  * tiles, pairs of rows interleaved, and the next strip behind them. */
 static inline void pack_right(int64_t n, int64_t stride, const real *x, int64_t count, real *tiles) {
-    int64_t strip = (n + DEPTH - 1) / DEPTH * TILE;
+    int64_t strip = up(n, DEPTH) * SIDE;
     for (int64_t t = 0; t < n; t += DEPTH, tiles += TILE)
         for (int r = 0; r < SIDE; r++)
             for (int64_t s = 0; s < count; s++)
@@ -78,7 +87,7 @@ static inline void pack_right(int64_t n, int64_t stride, const real *x, int64_t 
 
 /* The same columns as left factors, transposed. */
 static inline void pack_left(int64_t n, int64_t stride, const real *x, int64_t count, real *tiles) {
-    int64_t strip = (n + DEPTH - 1) / DEPTH * TILE;
+    int64_t strip = up(n, DEPTH) * SIDE;
     for (int64_t t = 0; t < n; t += DEPTH, tiles += TILE)
         for (int64_t s = 0; s < count; s++) {
             __m512i rows[SIDE];

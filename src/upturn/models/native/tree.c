@@ -8,8 +8,6 @@
 #include "vec.h"
 
 #ifdef TILES
-enum { SIDES = 2 * SIDE };
-
 /* Tokens of the flat step: those that ask, and those that may be seen. */
 typedef struct {
     int64_t queries, keys; /* how many */
@@ -35,23 +33,16 @@ typedef struct {
     float *scores, *more, *sums; /* [32, span] twice, [32, d] */
 } scratch;
 
-static inline int64_t up(int64_t x) { return (x + SIDES - 1) / SIDES * SIDES; }
-
 /* x [n, d] -> per 16 rows d / 32 right tiles: products sum over d. */
-static inline void pack_rows(int64_t n, int64_t d, const real *x, real *tiles) {
+static inline void pack_all_rows(int64_t n, int64_t d, const real *x, real *tiles) {
     for (int64_t r = 0; r < n; r += SIDE)
-        for (int64_t t = 0; t < d; t += DEPTH, tiles += TILE) {
-            __m512i pairs[SIDE];
-            for (int i = 0; i < SIDE; i++) pairs[i] = _mm512_loadu_si512(x + (r + i) * d + t);
-            transpose(pairs);
-            for (int i = 0; i < SIDE; i++) _mm512_store_si512(tiles + i * DEPTH, pairs[i]);
-        }
+        for (int64_t t = 0; t < d; t += DEPTH, tiles += TILE) pack_rows(SIDE, d, x + r * d + t, tiles);
 }
 
 /* 32 rows, `step` apart tile by tile, times `columns` packed columns of so many tiles -> out [32, columns]. */
 static inline void rows_times(int64_t tiles, const real *x, const real *x2, int64_t step, int64_t stride,
                               const real *right, int64_t columns, float *out) {
-    for (int64_t c = 0; c < columns; c += SIDES) {
+    for (int64_t c = 0; c < columns; c += PANEL) {
         const real *one = right + c / SIDE * tiles * TILE, *two = one + tiles * TILE;
         sum_up(tiles, x, x2, step, stride, one, two);
         put_sums(out + c, columns);
@@ -112,18 +103,18 @@ static inline real *place_of(const unit *u, int64_t row, int64_t head, int64_t d
 
 static void forward(const unit *u, int64_t h, const layout *l, const scratch *s, real *out) {
     int64_t d = l->d, real_rows = u->queries * s->groups;
-    pack_rows(s->span, d, s->k, s->right[0]);
+    pack_all_rows(s->span, d, s->k, s->right[0]);
     pack_right(s->span, d, s->v, d / SIDE, s->right[1]);
-    for (int64_t first = 0; first < s->rows; first += SIDES) {
-        int64_t some = real_rows - first < SIDES ? real_rows - first : SIDES;
-        float share[SIDES];
+    for (int64_t first = 0; first < s->rows; first += PANEL) {
+        int64_t some = real_rows - first < PANEL ? real_rows - first : PANEL;
+        float share[PANEL];
         products(s, first, d, s->q, s->right[0], s->scores);
         for (int64_t r = 0; r < some; r++) {
             float *row = s->scores + r * s->span;
             share[r] = weigh(u, u->seen + (first + r) % u->queries * u->width, s->span, l->scale, row);
             put(row, 1.0f, s->span, s->weights + r * s->span);
         }
-        memset(s->weights + some * s->span, 0, (size_t)((SIDES - some) * s->span) * sizeof(real));
+        memset(s->weights + some * s->span, 0, (size_t)((PANEL - some) * s->span) * sizeof(real));
         mixed(s, s->weights, d, s->right[1], s->sums);
         for (int64_t r = 0; r < some; r++)
             put(s->sums + r * d, share[r], d, place_of(u, first + r, h * s->groups, d, l->heads * d, out));
@@ -145,13 +136,13 @@ static inline void change(int64_t span, float share, float scale, const float *r
 
 static void backward(const unit *u, int64_t h, const layout *l, const scratch *s, real *out, real *keys, real *values) {
     int64_t d = l->d, span = s->span, real_rows = u->queries * s->groups, depth = s->rows / DEPTH;
-    pack_rows(span, d, s->k, s->right[0]);
-    pack_rows(span, d, s->v, s->right[1]);
+    pack_all_rows(span, d, s->k, s->right[0]);
+    pack_all_rows(span, d, s->v, s->right[1]);
     pack_right(span, d, s->k, d / SIDE, s->right[2]);
     pack_right(s->rows, d, s->q, d / SIDE, s->right[3]);
     pack_right(s->rows, d, s->g, d / SIDE, s->right[4]);
-    for (int64_t first = 0; first < s->rows; first += SIDES) {
-        int64_t some = real_rows - first < SIDES ? real_rows - first : SIDES;
+    for (int64_t first = 0; first < s->rows; first += PANEL) {
+        int64_t some = real_rows - first < PANEL ? real_rows - first : PANEL;
         real *weights = s->weights + first * span, *changes = s->changes + first * span;
         products(s, first, d, s->q, s->right[0], s->scores);
         products(s, first, d, s->g, s->right[1], s->more);
@@ -160,15 +151,15 @@ static void backward(const unit *u, int64_t h, const layout *l, const scratch *s
             float share = weigh(u, u->seen + (first + r) % u->queries * u->width, span, l->scale, row);
             change(span, share, l->scale, row, s->more + r * span, weights + r * span, changes + r * span);
         }
-        memset(weights + some * span, 0, (size_t)((SIDES - some) * span) * sizeof(real));
-        memset(changes + some * span, 0, (size_t)((SIDES - some) * span) * sizeof(real));
+        memset(weights + some * span, 0, (size_t)((PANEL - some) * span) * sizeof(real));
+        memset(changes + some * span, 0, (size_t)((PANEL - some) * span) * sizeof(real));
         mixed(s, changes, d, s->right[2], s->sums);
         for (int64_t r = 0; r < some; r++)
             put(s->sums + r * d, 1.0f, d, place_of(u, first + r, h * s->groups, d, l->stride, out));
     }
     int64_t row = l->kv_heads * u->start + h * u->width;
-    for (int64_t first = 0; first < span; first += SIDES) {
-        int64_t some = u->keys - first < SIDES ? u->keys - first : SIDES;
+    for (int64_t first = 0; first < span; first += PANEL) {
+        int64_t some = u->keys - first < PANEL ? u->keys - first : PANEL;
         real *both[2][3] = {{s->changes, s->right[3], keys}, {s->weights, s->right[4], values}};
         for (int i = 0; i < 2; i++) {
             pack_left(s->rows, span, both[i][0] + first, 2, s->left);
@@ -180,17 +171,17 @@ static void backward(const unit *u, int64_t h, const layout *l, const scratch *s
 
 /* Cuts one piece of memory into what the largest unit needs; NULL asks how much that is. */
 static int64_t cut(scratch *s, int64_t rows, int64_t span, int64_t d, int back, char *memory) {
-    int64_t at = 0, held = back ? rows : SIDES;
+    int64_t at = 0, held = back ? rows : PANEL;
     struct {
         void *part;
         int64_t bytes;
     } parts[] = {
         {&s->q, rows * d * 2},       {&s->k, span * d * 2},        {&s->v, span * d * 2},
         {&s->right[0], span * d * 2}, {&s->right[1], span * d * 2}, {&s->weights, held * span * 2},
-        {&s->scores, SIDES * span * 4}, {&s->sums, SIDES * d * 4},
+        {&s->scores, PANEL * span * 4}, {&s->sums, PANEL * d * 4},
         {&s->g, back * rows * d * 2}, {&s->right[2], back * span * d * 2}, {&s->right[3], back * rows * d * 2},
         {&s->right[4], back * rows * d * 2}, {&s->changes, back * held * span * 2},
-        {&s->left, back * rows * SIDES * 2}, {&s->more, back * SIDES * span * 4},
+        {&s->left, back * rows * PANEL * 2}, {&s->more, back * PANEL * span * 4},
     };
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         void *where = memory + at;
@@ -208,7 +199,7 @@ int tree_attend(int64_t n, const unit *units, int64_t heads, int64_t kv_heads, i
     layout l = {heads, kv_heads, d, stride, scale};
     int64_t groups = heads / kv_heads, most_rows = 0, most_span = 0;
     for (int64_t i = 0; i < n; i++) {
-        int64_t rows = up(units[i].queries * groups), span = up(units[i].keys);
+        int64_t rows = up(units[i].queries * groups, PANEL), span = up(units[i].keys, PANEL);
         most_rows = rows > most_rows ? rows : most_rows;
         most_span = span > most_span ? span : most_span;
     }
@@ -229,7 +220,7 @@ int tree_attend(int64_t n, const unit *units, int64_t heads, int64_t kv_heads, i
             const unit *u = units + task / kv_heads;
             int64_t h = task % kv_heads, real_rows = u->queries * groups;
             if (!memory) continue;
-            s.rows = up(real_rows), s.span = up(u->keys);
+            s.rows = up(real_rows, PANEL), s.span = up(u->keys, PANEL);
             gather(real_rows, s.rows, u->queries, u->query, d, stride, x + h * groups * d, s.q);
             gather(u->keys, s.span, u->keys, u->key, d, stride, x + (heads + h) * d, s.k);
             gather(u->keys, s.span, u->keys, u->key, d, stride, x + (heads + kv_heads + h) * d, s.v);
