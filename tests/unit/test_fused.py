@@ -24,7 +24,7 @@ from transformers import (
 from upturn.engines import local, sampling
 from upturn.engines._slots import Slots, Span, StepPlan
 from upturn.errors import ModelError
-from upturn.models import chat, fused, load, policy
+from upturn.models import chat, fused, load, packed, policy
 from upturn.models.native import ops
 from upturn.strategies import chain
 from upturn.types import Attempt, Prompt, Requests
@@ -198,7 +198,8 @@ def test_gemma_keeps_its_forward():
 
 
 @needs_kernels
-def test_a_first_short_context_is_not_kept_waiting():
+def test_a_first_short_context_is_not_kept_waiting(monkeypatch):
+    monkeypatch.setattr(packed, "is_ours", lambda dtype: False)
     model = made("llama", torch.float32)
     ids = torch.arange(fused.SHORT + 1) % 100
     with torch.inference_mode(), fused.fused(model):
@@ -274,15 +275,14 @@ def test_heads_that_the_config_did_not_promise_are_refused():
             StepPlan(slots, [Span(0, 0, 4, 1)]).attend(0, q, k, v, how)
 
 
-@pytest.mark.skipif(not ops.has_tiles(torch.bfloat16), reason="no matrix tiles (AMX) on this processor")
+@pytest.mark.parametrize("dtype", [dtype for dtype in (torch.bfloat16, torch.float32) if packed.is_ours(dtype)])
 @pytest.mark.parametrize("family", [*FAMILIES, "smollm3"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_with_matrix_tiles_bfloat16_drafts_are_the_same_in_any_batch(
-    tiny_model: Path, family: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+def test_with_our_own_products_drafts_are_the_same_in_any_batch(
+    tiny_model: Path, family: str, temperature: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
-    loaded = replace(
-        load.load(str(tiny_model), "bfloat16", device="cpu"), model=made(family, torch.bfloat16, **MORE.get(family, {}))
-    )
+    model = made(family, dtype, **MORE.get(family, {}))
+    loaded = replace(load.load(str(tiny_model), "float32", device="cpu"), model=model)
     talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests("again"))
     prompts = [Prompt(f"p{place}", "abcdefghij"[: 2 + place]) for place in range(7)]
 

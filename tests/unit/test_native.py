@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from upturn.engines import sampling
-from upturn.models.native import build, ops
+from upturn.models.native import back, build, ops
 
 DTYPES = [torch.float32, torch.bfloat16]
 CLOSE = {torch.float32: 2e-6, torch.bfloat16: 0.01}
@@ -148,44 +148,52 @@ def test_places_behind_a_text_do_not_count():
     assert torch.equal(attended(q, RUNS[:1], cache, (0.3, 0.0, 0)), before)
 
 
-needs_tiles = pytest.mark.skipif(not ops.has_tiles(torch.bfloat16), reason="no matrix tiles (AMX) on this processor")
+needs_product = pytest.mark.skipif(
+    not ops.has_product(torch.bfloat16), reason="no AVX2, or no C compiler, or not Linux"
+)
 
 
-@needs_tiles
-@pytest.mark.parametrize("rows", [1, 16, 17, 40, 500, 1500])
+@needs_product
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 16, 17, 40, 500, 1500])
 @pytest.mark.parametrize(("out", "width"), [(32, 32), (100, 64), (96, 1536), (40, 4864)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_product_with_a_packed_weight(rows: int, out: int, width: int, biased: bool):
-    x, weight, bias = (torch.randn(size).bfloat16() for size in ((rows, width), (out, width), (out,)))
-    panels, exact = ops.packed(weight), x.float() @ weight.float().T + (bias.float() if biased else 0)
+def test_product_with_a_packed_weight(rows: int, out: int, width: int, biased: bool, dtype: torch.dtype):
+    check_product(rows, out, width, biased=biased, dtype=dtype)
+
+
+def check_product(rows: int, out: int, width: int, *, biased: bool, dtype: torch.dtype) -> None:
+    x, weight, bias = (torch.randn(size).to(dtype) for size in ((rows, width), (out, width), (out,)))
+    panels, exact = ops.packed(weight), x.double() @ weight.double().T + (bias.double() if biased else 0)
     found = ops.product(x, panels, out, bias if biased else None)
     assert_near(found, exact)
     assert torch.equal(ops.product(x[-1:], panels, out, bias if biased else None), found[-1:])
 
 
-@needs_tiles
+@needs_product
 def test_rows_are_shared_out_without_a_rest():
     """Parts are rounded up to whole panels: with this depth one part less takes all of these rows."""
     x, weight = torch.randn(3850, 1536).bfloat16(), torch.randn(32, 1536).bfloat16()
     assert_near(ops.product(x, ops.packed(weight), 32), x.float() @ weight.float().T)
 
 
-@needs_tiles
+@needs_product
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 17, 700])
-def test_gated_product(rows: int):
-    x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(2, 5, 16, 96).bfloat16()
+def test_gated_product(rows: int, dtype: torch.dtype):
+    x, weight = torch.randn(rows, 96).to(dtype), torch.randn(2, 5, 16, 96).to(dtype)
     x[0] *= 100  # gates far beyond where the exponential ends
-    gate, up = ((x.float() @ part.flatten(0, 1).float().T).bfloat16() for part in weight)
+    gate, up = ((x.float() @ part.flatten(0, 1).float().T).to(dtype) for part in weight)
     panels = ops.packed(weight.transpose(0, 1).flatten(0, 2).contiguous())
     found = ops.product(x, panels, 160, gated=True)
     assert_near(found, torch.nn.functional.silu(gate) * up)
     assert torch.equal(ops.product(x[-1:], panels, 160, gated=True), found[-1:])
 
 
-@needs_tiles
-def test_only_what_fits_is_multiplied_on_tiles():
-    assert not ops.fits_tiles(torch.zeros(32, 40, dtype=torch.bfloat16))
-    assert not ops.fits_tiles(torch.zeros(32, 32))
+@needs_product
+def test_only_what_fits_is_multiplied():
+    assert not ops.fits(torch.zeros(32, 40, dtype=torch.bfloat16))
+    assert not ops.fits(torch.zeros(32, 32, dtype=torch.float16))
     panels = ops.packed(torch.zeros(32, 64, dtype=torch.bfloat16))
     for x in (torch.zeros(3, 64), torch.zeros(3, 32, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="a product of"):
@@ -215,7 +223,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """Nothing built yet, and nothing kept of what a test builds."""
-    kept = (build.kernels, ops._library, ops.has_tiles)
+    kept = (build.kernels, ops._library, ops.has_tiles, ops.has_product, back._library, back.has_matmul)
     for function in kept:
         function.cache_clear()
     yield
@@ -234,6 +242,44 @@ def test_attention_without_matrix_tiles(flags: tuple[str, ...], monkeypatch: pyt
     for width, sizes, limits in [(64, (2, 3), (0.0, 0)), (24, (1, 4), (0.0, 5)), (128, (2, 7), (2.0, 40))]:
         check_attention(width, sizes, limits, torch.bfloat16)
     check_independence(torch.bfloat16)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of one family of processors")
+def test_products_without_instructions_for_bfloat16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("UPTURN_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-march=haswell"))
+    assert ops.has_product(torch.bfloat16) and not ops.has_tiles(torch.bfloat16)
+    for rows, out, width in [(1, 32, 32), (4, 100, 64), (70, 40, 1536)]:
+        for dtype in DTYPES:
+            check_product(rows, out, width, biased=rows > 1, dtype=dtype)
+    assert back.has_matmul(torch.bfloat16) and not back.has_matmul(torch.float32)
+    for rows, columns, depth in [(0, 3, 5), (1, 1, 1), (7, 33, 31), (13, 100, 300), (600, 48, 200)]:
+        check_matmul(rows, columns, depth)
+    with pytest.raises(ValueError, match="rows in one piece"):
+        back.product(*torch.ones(2, 4, 4).bfloat16(), out=torch.empty(4, 4).bfloat16().t())
+
+
+def check_matmul(rows: int, columns: int, depth: int) -> None:
+    """Factors lie in all ways, also as parts of others, and so does what they give."""
+    x, y, bias = (torch.randn(size).bfloat16() for size in ((rows, depth), (depth, columns), (columns,)))
+    exact, wide = x.double() @ y.double(), torch.ones(rows, columns + 9).bfloat16()
+    for factor in (x, x.t().contiguous().t(), torch.cat((x, x), 1)[:, depth:]):
+        assert_close(back.product(factor, y, bias), exact + bias)
+        assert_close(back.product(factor, y.t().contiguous().t()), exact)
+    assert_close(back.product(x, y, out=wide[:, 3 : columns + 3]), exact)
+    assert (wide[:, :3] == 1).all() and (wide[:, columns + 3 :] == 1).all()
+    assert_close(back.add_product_(wide[:, 3 : columns + 3], x, y), 2 * exact)
+    assert_close(back.weight_gradient(x.t().contiguous(), y), exact)
+    assert_close(back.bmm(x[None], y[None])[0], exact)
+
+
+def assert_close(found: Tensor, exact: Tensor) -> None:
+    """To what bfloat16 keeps."""
+    torch.testing.assert_close(
+        found.double(), exact.double(), rtol=0.01, atol=0.01 * float(exact.abs().amax(()) if exact.numel() else 1)
+    )
 
 
 @pytest.mark.usefixtures("fresh")

@@ -169,11 +169,11 @@ class _Adapted(nn.Linear):
         return super().forward(input) + 1
 
 
-def test_only_plain_bfloat16_layers_are_packed():
+def test_only_plain_layers_are_packed():
     hooked = nn.Linear(80, 80, dtype=torch.bfloat16)
     hooked.forward = lambda input: input
     tiny = nn.Linear(64, 64, dtype=torch.bfloat16)
-    model = nn.Sequential(nn.Linear(80, 80), _Adapted(80, 80, dtype=torch.bfloat16), hooked, tiny)
+    model = nn.Sequential(nn.Linear(80, 80, dtype=torch.float16), _Adapted(80, 80, dtype=torch.bfloat16), hooked, tiny)
     with packed.packed(model):
         assert own_forwards(model) == [hooked]
     assert own_forwards(model) == [hooked]
@@ -181,7 +181,7 @@ def test_only_plain_bfloat16_layers_are_packed():
 
 @only_where_packed
 def test_weights_are_packed_once_and_only_when_that_pays(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ops, "has_tiles", lambda dtype: False)
+    monkeypatch.setattr(packed, "is_ours", lambda dtype: False)
     layer, x = nn.Linear(80, 80, dtype=torch.bfloat16), torch.ones(1, 80, dtype=torch.bfloat16)
     held = []
     with torch.inference_mode(), packed.packed(nn.Sequential(layer)):

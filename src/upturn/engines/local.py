@@ -31,7 +31,7 @@ from upturn.engines._propose import Copying, Proposer
 from upturn.engines._requests import Request, Slot, shared
 from upturn.engines._slots import BEGIN, Slots, Span, StepPlan
 from upturn.errors import DataError
-from upturn.models import policy
+from upturn.models import packed, policy
 from upturn.models.chat import Chat
 from upturn.models.fused import fused
 from upturn.models.native import ops
@@ -100,7 +100,8 @@ class Local:
         self._slots = [Slot() for _ in range(self.num_slots)]
         self._queue: list[Request] = []
         self._on_draft = on_draft
-        kind = "tiles" if self._cache.native and ops.has_tiles(like.dtype) else self.device.type
+        own = "tiles" if ops.has_tiles(like.dtype) else "vectors"
+        kind = own if self._cache.native and packed.is_ours(like.dtype) else self.device.type
         self._proposer = Proposer(_propose.COSTS.get(kind, _propose.NO_SAVING))
         waiting = list(enumerate(prompts))[::-1]
         live: dict[int, asyncio.Task[list[Draft]]] = {}

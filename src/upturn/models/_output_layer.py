@@ -43,7 +43,7 @@ class _LogProbs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         top, total, picked = (torch.full((len(targets),), value) for value in (-1e30, 0.0, 0.0))
         for first, part in _parts(weight):
-            back.logits_seen(hidden @ part.t(), first, targets, (top, total, picked))
+            back.logits_seen(back.product(hidden, part.t()), first, targets, (top, total, picked))
         log_total = top + total.log()
         ctx.save_for_backward(hidden, weight, targets, log_total)
         ctx.weight = weight
@@ -69,9 +69,9 @@ def _gradients(
     """The weight's gradient, part by part; that of the hidden states is summed on the way. `known`: `[N]` each, the log
     of the sum of exponentials, and the gradient of the log-probs."""
     for first, part in _parts(weight):
-        logits = hidden @ part.t()
+        logits = back.product(hidden, part.t())
         back.logits_back_(logits, first, targets, *known)
-        back.add_gradient(logits @ part, g_hidden, is_first=first == 0)
+        back.add_gradient(back.product(logits, part), g_hidden, is_first=first == 0)
         yield back.weight_gradient(logits, hidden)
 
 

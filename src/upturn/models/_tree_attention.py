@@ -79,9 +79,9 @@ def attend(heads: Heads, units: Units, scaling: float) -> Tensor:
         return out
     for group in units.groups:
         q_B, k_B, v_B = _gathered(heads, group)
-        scores = torch.bmm(q_B, k_B.mT)
+        scores = back.bmm(q_B, k_B.mT)
         back.softmax_(_by_unit(scores, group), group.seen, scaling)
-        back.unspread(_by_unit(torch.bmm(scores, v_B), group), group.queries, out)
+        back.unspread(_by_unit(back.bmm(scores, v_B), group), group.queries, out)
     return out
 
 
@@ -107,12 +107,12 @@ def _attend_back(
     for group in groups:
         q_B, k_B, v_B = _gathered(heads, group)
         g_B = back.spread(g, group.queries).view_as(q_B)
-        scores, g_scores = torch.bmm(q_B, k_B.mT), torch.bmm(g_B, v_B.mT)
+        scores, g_scores = back.bmm(q_B, k_B.mT), back.bmm(g_B, v_B.mT)
         back.softmax_(_by_unit(scores, group), group.seen, scaling, _by_unit(g_scores, group))
         here = slice(done, done + k_B.shape[0] * k_B.shape[1])
-        torch.bmm(scores.mT, g_B, out=values[here].view_as(v_B))
-        torch.bmm(g_scores.mT, q_B, out=keys[here].view_as(k_B))
-        back.unspread(_by_unit(torch.bmm(g_scores, k_B), group), group.queries, q_out)
+        back.bmm(scores.mT, g_B, out=values[here].view_as(v_B))
+        back.bmm(g_scores.mT, q_B, out=keys[here].view_as(k_B))
+        back.unspread(_by_unit(back.bmm(g_scores, k_B), group), group.queries, q_out)
         done = here.stop
 
 

@@ -55,8 +55,8 @@ def fused(model: nn.Module) -> Iterator[None]:
 class _Maybe:
     """The forward of one layer: plain for a first short context, then fused if that was found to compute the same.
 
-    To try it and to join the weights takes longer than the first token, which somebody may be waiting for. With matrix
-    tiles it takes a tenth of a second, and every step is fused: bits never depend on what a step brings along.
+    To try it and to join the weights takes longer than the first token, which somebody may be waiting for. With our own
+    product it takes a tenth of a second, and every step is fused: bits never depend on what a step brings along.
     """
 
     __slots__ = ("_fused", "_is_new", "_layer")
@@ -69,7 +69,7 @@ class _Maybe:
         is_first, self._is_new = self._is_new, False
         if not is_usual(self._layer, hidden_states, kwargs):
             return plain(self._layer, hidden_states, *args, **kwargs)
-        waits = is_first and hidden_states.shape[1] <= SHORT and not ops.has_tiles(hidden_states.dtype)
+        waits = is_first and hidden_states.shape[1] <= SHORT and not packed.is_ours(hidden_states.dtype)
         if self._fused is None and not waits:
             how = _fusable(self._layer)
             self._fused = _Fused(self._layer, how) if how else None
@@ -121,7 +121,7 @@ class _Fused:
 
 
 def _whole(layer: Any, how: How, products: _Products) -> ops.Layer | None:
-    """The layer in one piece, where all its products are on tiles."""
+    """The layer in one piece, where all its products are our own."""
     if any(product.panels is None for product in products):
         return None
     a, before, after = layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
@@ -175,9 +175,9 @@ def is_common(layer: nn.Module) -> bool:
 
 
 def _may_fuse(layer: nn.Module) -> bool:
-    """Whether a common layer is fusable, as far as that is known. With tiles it is tried at once: a layer must not
-    compute in one way in the first run of a process and in another one in the next."""
-    if ops.has_tiles(next(layer.parameters()).dtype):
+    """Whether a common layer is fusable, as far as that is known. With our own product it is tried at once: a layer
+    must not compute in one way in the first run of a process and in another one in the next."""
+    if packed.is_ours(next(layer.parameters()).dtype):
         return _fusable(layer) is not None
     return _SEEN.get(layer, True) is not None
 

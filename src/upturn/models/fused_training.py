@@ -135,12 +135,12 @@ class _Layer(torch.autograd.Function):
         w = _Weights(*weights)  # type: ignore[arg-type]
         heads, raw = _heads(x, around, w)
         attended = attend(heads, around.plan.units(around.how.window), around.how.scaling).flatten(1)
-        added = _product(attended, w.o, w.o_bias)
+        added = back.product(attended, w.o.t(), w.o_bias)
         middle, h = ops.norm(x, w.mlp_norm, around.eps[1], added)
         gate_up: Tensor | None = _gate_up(h, w)
         product = ops.silu_mul(gate_up)
         gate_up = gate_up if around.keeps_gates else None  # the other product finds its memory free
-        out = _product(product, w.down, w.down_bias).add_(middle)
+        out = back.product(product, w.down.t(), w.down_bias).add_(middle)
         ctx.around, ctx.kv_heads = around, heads.kv_heads
         ctx.save_for_backward(x, heads.all, raw, attended, middle, gate_up, *weights)
         return out
@@ -152,11 +152,15 @@ class _Layer(torch.autograd.Function):
         grads = _Grads(w, ctx.needs_input_grad[2:])
         g_middle = _mlp_back(g.contiguous(), middle, gate_up, ctx.around, w, grads)
         grads.linears("o", g_middle, attended)
-        g_heads = _attention_back(g_middle @ w.o, Heads(all_heads, ctx.kv_heads), raw, ctx.around, w, grads)
+        g_heads = _attention_back(
+            back.product(g_middle, w.o), Heads(all_heads, ctx.kv_heads), raw, ctx.around, w, grads
+        )
         _, h = ops.norm(x, w.norm, ctx.around.eps[0])
         grads.linears("q k v", g_heads.all.flatten(1), h)
         q, k, v = (part.flatten(1) for part in g_heads.parts)
-        g_x = _more(v, w.v, _more(k, w.k, q @ w.q))
+        g_x = back.product(q, w.q)
+        for part, weight in ((k, w.k), (v, w.v)):
+            back.add_product_(g_x, part, weight)
         grads["norm"] = _norm_back_(x, w.norm, ctx.around.eps[0], g_x, g_middle)
         return g_x, None, *grads.tensors
 
@@ -168,7 +172,7 @@ def _heads(x: Tensor, around: _Around, w: _Weights) -> tuple[Heads, Tensor | Non
     joined = h.new_empty(len(h), sum(sizes))
     linears = ((w.q, w.q_bias), (w.k, w.k_bias), (w.v, w.v_bias))
     for part, (weight, bias) in zip(joined.split(sizes, 1), linears, strict=True):
-        _product(h, weight, bias, part)
+        back.product(h, weight.t(), bias, out=part)
     heads = Heads(joined.view(len(h), -1, around.width), len(w.k) // around.width)
     q, k, _ = heads.parts
     raw = None if w.q_norm is None else heads.all[:, : -heads.kv_heads].clone()
@@ -181,19 +185,19 @@ def _gate_up(h: Tensor, w: _Weights) -> Tensor:
     """The inputs of the gate, `[T, d] -> [T, 2 f]`."""
     out = h.new_empty(len(h), 2 * len(w.gate))
     for part, weight, bias in zip(out.chunk(2, 1), (w.gate, w.up), (w.gate_bias, w.up_bias), strict=True):
-        _product(h, weight, bias, part)
+        back.product(h, weight.t(), bias, out=part)
     return out
 
 
 def _mlp_back(g: Tensor, middle: Tensor, gate_up: Tensor | None, around: _Around, w: _Weights, grads: _Grads) -> Tensor:
     """The gradient of what enters the gated half of a layer."""
     _, h = ops.norm(middle, w.mlp_norm, around.eps[1])
-    g_gate_up, product = back.silu_mul_back(_gate_up(h, w) if gate_up is None else gate_up, g @ w.down)
+    g_gate_up, product = back.silu_mul_back(_gate_up(h, w) if gate_up is None else gate_up, back.product(g, w.down))
     grads.linears("down", g, product)
     del product
     g_gate, g_up = g_gate_up.chunk(2, 1)
     grads.linears("gate up", g_gate_up, h)
-    g_middle = _more(g_up, w.up, g_gate @ w.gate)
+    g_middle = back.add_product_(back.product(g_gate, w.gate), g_up, w.up)
     grads["mlp_norm"] = _norm_back_(middle, w.mlp_norm, around.eps[1], g_middle, g)
     return g_middle
 
@@ -218,18 +222,6 @@ def _attention_back(g: Tensor, heads: Heads, raw: Tensor | None, around: _Around
 def _norm_back_(x: Tensor, weight: Tensor, eps: float, g: Tensor, past: Tensor) -> Tensor:
     """`g [T, d]` becomes the gradient of `x`, with that which came `past` the norm; returns that of the weight."""
     return back.norm_back(x[:, None], weight, eps, g[:, None], g[:, None], past[:, None])
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`, into a part of another tensor where one is given."""
-    if bias is None:
-        return torch.mm(x, weight.t(), out=out)
-    return torch.addmm(bias, x, weight.t(), out=out)
-
-
-def _more(g: Tensor, weight: Tensor, total: Tensor) -> Tensor:
-    """Add the gradient of a product's input to that of its sisters' one."""
-    return torch.addmm(total, g, weight, out=total)
 
 
 class _Grads:

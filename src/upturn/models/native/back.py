@@ -1,4 +1,4 @@
-"""The kernels of train.c, tiles.c and tree.c as functions of tensors: what training needs besides those of `ops`.
+"""The kernels of train.c, tiles.c, matmul.c and tree.c as functions of tensors: what training needs besides `ops`.
 
 Axes: `T` tokens, `d` width of the model, `H` heads, `D` width of a head, `B` units of a group, `Q` and `K` their
 queries and keys, `N` targets.
@@ -27,10 +27,13 @@ _SIGNATURES = {
     "logits_back": "iiipppp",
     "add_gradient": "ippi",
     "columns_product": "iiiiippp",
+    "has_matmul": "",
+    "matmul": "iii" + "piipii" + "pipi",
     "squares": "ii" + "ppp",
     "tree_attend": "ip" + "iiii" + "pf" + "pppp",
     "adamw": "i" + "pppppp" + "fffffff",
 }
+_ANSWERING = ("masked_softmax", "columns_product", "has_matmul", "matmul", "tree_attend")
 PARTS = 16
 """Sums over tokens are made in so many parts, whatever the number of threads."""
 PIECE = 4096
@@ -134,6 +137,46 @@ def logits_back_(logits: Tensor, first: int, targets: Tensor, log_total: Tensor,
     _library(logits.dtype).logits_back(*logits.shape, first, *args)
 
 
+def product(x: Tensor, y: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """`x @ y + bias`, `[m, d], [d, n], [n] -> [m, n]`, into `out` where it is given: our own where torch's is slow."""
+    if not has_matmul(x.dtype):
+        return torch.mm(x, y, out=out) if bias is None else torch.addmm(bias, x, y, out=out)
+    out = x.new_empty(len(x), y.shape[1]) if out is None else out
+    _matmul(x, y, None if bias is None else bias.contiguous(), out, adds=False)
+    return out
+
+
+def add_product_(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """`x @ y` is added to `total [m, n]`."""
+    if not has_matmul(x.dtype):
+        return torch.addmm(total, x, y, out=total)
+    _matmul(x, y, None, total, adds=True)
+    return total
+
+
+def bmm(x: Tensor, y: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """`x @ y`, `[B, m, d], [B, d, n] -> [B, m, n]`, for many small products."""
+    if x.dtype != torch.bfloat16 or not has_matmul(x.dtype):
+        return torch.bmm(x, y, out=out)
+    found = torch.bmm(x.float(), y.float())
+    return found.to(x.dtype) if out is None else out.copy_(found)
+
+
+@cache
+def has_matmul(dtype: torch.dtype) -> bool:
+    """Whether our own products of numbers of this type are faster than torch's here."""
+    return bool(_library(dtype).has_matmul())
+
+
+def _matmul(x: Tensor, y: Tensor, bias: Tensor | None, out: Tensor, *, adds: bool) -> None:
+    if out.stride(1) != 1:
+        raise ValueError(f"a product goes into rows in one piece, not strides of {out.stride()}")
+    added = None if bias is None else bias.data_ptr()
+    args = (x.data_ptr(), *x.stride(), y.data_ptr(), *y.stride(), added, int(adds), out.data_ptr(), out.stride(0))
+    if _library(x.dtype).matmul(len(x), y.shape[1], x.shape[1], *args):
+        raise MemoryError("a product found no memory for its factors")
+
+
 def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     """`g.T @ x`, `[T, o], [T, i] -> [o, i]`."""
     (size, rows), columns = g.shape, x.shape[1]
@@ -142,7 +185,7 @@ def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
         args = (g.stride(0), x.stride(0), g.data_ptr(), x.data_ptr(), out.data_ptr())
         if not _library(g.dtype).columns_product(size, rows, columns, *args):
             return out
-    return g.t() @ x
+    return product(g.t(), x)
 
 
 def add_gradient(g: Tensor, total: Tensor, *, is_first: bool) -> None:
@@ -176,4 +219,4 @@ def _by_type(grad: Tensor) -> tuple[int | None, int | None]:
 
 @cache
 def _library(dtype: torch.dtype) -> Any:
-    return build.bound(dtype, _SIGNATURES, ("masked_softmax", "columns_product", "tree_attend"))
+    return build.bound(dtype, _SIGNATURES, _ANSWERING)

@@ -25,12 +25,8 @@ from upturn.models.load import cache_dir
 from upturn.tracking import progress
 
 HERE = Path(__file__).parent
-SOURCES = {
-    **{name: () for name in ("kernels.c", "attend.c", "product.c", "layer.c", "tiles.c", "tree.c")},
-    "train.c": ("-fassociative-math",),
-}
-"""With flags of their own: sums of train.c may be split over lanes."""
-HEADERS = ("real.h", "vec.h", "tiles.h", "calls.h")
+SOURCES = ("kernels.c", "attend.c", "product.c", "matmul.c", "layer.c", "train.c", "tiles.c", "tree.c")
+HEADERS = ("real.h", "vec.h", "vectors.h", "tiles.h", "calls.h")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp")
 ARITHMETIC = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffinite-math-only")
 """Not -ffast-math: its linker flags would make the whole process flush denormal numbers to zero."""
@@ -79,7 +75,7 @@ def _openmp() -> str | None:
 def _built(compiler: str, openmp: str, defines: tuple[str, ...]) -> Path:
     flags = [*FLAGS, *ARITHMETIC, *defines, *([WIDE] if platform.machine() == "x86_64" else [])]
     text = [(HERE / name).read_text() for name in (*SOURCES, *HEADERS)]
-    facts = [*text, str(SOURCES), compiler, openmp, *flags, *LINK, _processor()]
+    facts = [*text, compiler, openmp, *flags, *LINK, _processor()]
     target = cache_dir() / "native" / f"{hashlib.sha256('|'.join(facts).encode()).hexdigest()[:16]}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,8 +84,8 @@ def _built(compiler: str, openmp: str, defines: tuple[str, ...]) -> Path:
             tempfile.TemporaryDirectory(dir=target.parent) as scratch,  # beside the result: one move puts it there
         ):
             made, out = [str(Path(scratch) / f"{name}.o") for name in SOURCES], Path(scratch) / target.name
-            for (source, own), part in zip(SOURCES.items(), made, strict=True):
-                _call(compiler, *flags, *own, "-c", str(HERE / source), "-o", part)
+            for source, part in zip(SOURCES, made, strict=True):
+                _call(compiler, *flags, "-c", str(HERE / source), "-o", part)
             _call(compiler, *LINK, *made, openmp, "-lm", "-o", str(out))
             os.replace(out, target)
     return target

@@ -71,13 +71,6 @@ void rope(int64_t n, int64_t heads, int64_t d, int64_t stride, real *x, const re
 
 enum { BLOCK = 256 };
 
-/* The first `some` numbers of a row, and the least of numbers behind them. */
-static inline vec load_below(const real *x, int64_t some) {
-    vec out = load_some(x, some);
-    for (int64_t i = some; i < LANES; i++) out[i] = -3e38f;
-    return out;
-}
-
 /* The first place where the cumulative weight passes the mark, found by blocks of known mass. */
 static int64_t invert(const real *row, int64_t size, const double *mass, int64_t blocks, double mark, float top,
                       float scale) {

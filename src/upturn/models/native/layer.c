@@ -1,4 +1,4 @@
-/* A decoder layer of generation in one call, from weights packed into tiles: with few rows, to call its kernels one by
+/* A decoder layer of generation in one call, from packed weights: with few rows, to call its kernels one by
  * one from outside takes as long as some of them.
  */
 #include "calls.h"

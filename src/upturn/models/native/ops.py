@@ -22,6 +22,7 @@ _SIGNATURES = {
     "attend": "ip" + "iiiip" + "iipp" + "ffip",
     "sample": "iippfpp",
     "has_tiles": "",
+    "has_product": "",
     "pack": "iipp",
     "product": "iiipppip",
     "decoder_layer": "pppppppp",
@@ -129,13 +130,20 @@ def has_tiles(dtype: torch.dtype) -> bool:
     return library is not None and bool(library.has_tiles())
 
 
-def fits_tiles(weight: Tensor) -> bool:
+@cache
+def has_product(dtype: torch.dtype) -> bool:
+    """Whether `product` takes numbers of this type here: on tiles, or on vectors (AVX2 or AVX-512)."""
+    library = _library(dtype)
+    return library is not None and bool(library.has_product())
+
+
+def fits(weight: Tensor) -> bool:
     """Whether a weight `[rows, d]` can be packed for `product`."""
-    return weight.device.type == "cpu" and weight.shape[1] % STEP == 0 and has_tiles(weight.dtype)
+    return weight.device.type == "cpu" and weight.shape[1] % STEP == 0 and has_product(weight.dtype)
 
 
 def packed(weight: Tensor) -> Tensor:
-    """A weight that fits, as matrix tiles take it."""
+    """A weight that fits, as `product` takes it."""
     (rows, depth), weight = weight.shape, weight.contiguous()
     panels = weight.new_empty(-(-rows // PANEL) * PANEL, depth)
     _library(weight.dtype).pack(rows, depth, weight.data_ptr(), panels.data_ptr())
@@ -176,4 +184,4 @@ def _check(failed: int) -> None:
 
 @cache
 def _library(dtype: torch.dtype) -> Any:
-    return build.bound(dtype, _SIGNATURES, ("attend", "sample", "has_tiles", "product", "decoder_layer"))
+    return build.bound(dtype, _SIGNATURES, ("attend", "sample", "has_tiles", "has_product", "product", "decoder_layer"))

@@ -1,16 +1,48 @@
-/* x times the transpose of a weight, from a weight that was packed into tiles once.
+/* x times the transpose of a weight that was packed once, for matrix tiles or else for vectors.
  *
  * Every number of the result is summed in the same order whatever the number of rows, so it does not depend on the
  * other rows of the batch. Any number of rows will do at once: oneDNN makes a new kernel for each.
  */
 #include "calls.h"
 #include "tiles.h"
-#include "vec.h"
+#include "vectors.h"
+
+#if defined TILES || defined __AVX2__
+#ifndef TILES
+enum { SIDE = 16, PANEL = 2 * SIDE };
+#endif
+
+/* A row of sums, and its place in the result, where `left` numbers of it are wanted: as it is, or SiLU of the first half
+ * times the second. */
+static inline void put_row(const float *sums, const float *bias, int gated, int64_t left, real *out) {
+    vec x[PANEL / LANES];
+    for (int i = 0; i < PANEL / LANES; i++) x[i] = load_floats(sums + i * LANES) + load_floats(bias + i * LANES);
+    if (gated) {
+        for (int i = 0; i < SIDE / LANES; i++) {
+            vec gate = kept_vec(x[i]), silu = kept_vec(gate * inverse(1.0f + exp_vec(-gate)));
+            store_vec(out + i * LANES, silu * kept_vec(x[i + SIDE / LANES]));
+        }
+#ifdef __AVX512BF16__
+    } else if (left >= PANEL && sizeof(real) == 2) {
+        _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]));
+#endif
+    } else {
+        for (int i = 0; i < PANEL / LANES && i * LANES < left; i++) store_some(out + i * LANES, x[i], left - i * LANES);
+    }
+}
+
+/* The bias of a panel, of which `left` rows are there; 0 beyond, and where there is none. */
+static inline void load_bias(const real *bias, int64_t left, float *to) {
+    for (int j = 0; j < PANEL; j++) to[j] = bias && j < left ? load(bias[j]) : 0.0f;
+}
+#endif
 
 #ifdef TILES
 enum { HELD = 1 << 20, CACHE_LINE = 32 };
 
 int has_tiles(void) { return tiles_allowed(); }
+
+int has_product(void) { return tiles_allowed(); }
 
 /* weight [rows, depth], a multiple of 32 -> panels of 32 rows: per 32 of the depth two right tiles. What lies beyond the
  * rows is 0. */
@@ -51,21 +83,6 @@ static inline void rows_by_panel(int64_t tiles, const real *x, int64_t stride, i
     }
 }
 
-/* A row of sums, and its place in the result: as it is, or SiLU of the first half times the second. */
-static inline void put_row(const float *sums, vec bias, vec bias2, int gated, int64_t left, real *out) {
-    vec a = *(const vec *)sums + bias, b = *(const vec *)(sums + LANES) + bias2;
-    if (gated) {
-        a = kept_vec(a);
-        store_vec(out, kept_vec(a * inverse(1.0f + exp_vec(-a))) * kept_vec(b));
-    } else {
-        __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-        if (left >= PANEL)
-            _mm512_storeu_si512(out, both);
-        else
-            _mm512_mask_storeu_epi16(out, (1u << left) - 1, both);
-    }
-}
-
 /* x [n, depth] times the weight [rows, depth] that was packed, plus bias [rows] if there is one -> out [n, rows]. Gated:
  * of every 32 rows the first 16 are gates of the others, and out is [n, rows / 2]. Returns 1 where memory is short. */
 int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *panels, const real *bias, int64_t gated,
@@ -93,14 +110,14 @@ int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *p
             int64_t first = task / count * held, last = first + held < n ? first + held : n, p = task % count;
             const real *more = bias ? bias + p * PANEL : NULL;
             int64_t left = rows - p * PANEL, blocks = (last - first + PANEL - 1) / PANEL, lines = (PANEL + blocks - 1) / blocks;
-            vec bias1 = more ? load_some(more, left) : (vec){0};
-            vec bias2 = more && left > LANES ? load_some(more + LANES, left - LANES) : (vec){0};
+            float added[PANEL] __attribute__((aligned(64)));
+            load_bias(more, left, added);
             for (int64_t i = first; rest && i < last; i += PANEL) {
                 int64_t some = last - i < PANEL ? last - i : PANEL;
                 const real *panel = panels + p * size, *next = panel + size + (i - first) / PANEL * tiles * lines * CACHE_LINE;
                 rows_by_panel(tiles, i < full ? x + i * depth : rest, depth, some > SIDE, panel, next, lines, sums);
                 for (int64_t r = 0; r < some; r++)
-                    put_row(sums + r * PANEL, bias1, bias2, (int)gated, left, out + (i + r) * width + p * step);
+                    put_row(sums + r * PANEL, added, (int)gated, left, out + (i + r) * width + p * step);
             }
         }
         _tile_release();
@@ -108,8 +125,54 @@ int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *p
     }
     return failed;
 }
+#elif defined __AVX2__
+enum { HELD = 1 << 18 };
+
+int has_tiles(void) { return 0; }
+
+int has_product(void) { return 1; }
+
+/* weight [rows, depth] -> panels of 32 rows, strip by strip. What lies beyond the rows is 0. */
+void pack(int64_t rows, int64_t depth, const real *weight, real *panels) {
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < up(rows, PANEL); first += STRIP)
+        pack_strip(rows, depth, first, weight, 1, depth, panels + first * depth);
+}
+
+/* See above; of any depth. */
+int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *panels, const real *bias, int64_t gated,
+            real *out) {
+    int64_t blocks = (n + TALL - 1) / TALL, count = (rows + PANEL - 1) / PANEL, size = depth * TALL;
+    int64_t parts = blocks * size * 4 / HELD + 1, width = gated ? rows / 2 : rows, step = gated ? SIDE : PANEL;
+    parts = parts < blocks ? parts : blocks;
+    float *left = aligned_alloc(64, (size_t)up(blocks * size * 4 + 1, 64));
+    if (!left) return 1;
+#pragma omp parallel if (n * rows * depth > 65536)
+    {
+        float sums[TALL * PANEL] __attribute__((aligned(64)));
+#pragma omp for schedule(static)
+        for (int64_t b = 0; b < blocks; b++) pack_block(n, depth, b * TALL, x, depth, 1, left + b * size);
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < parts * count; task++) {
+            int64_t part = task / count, p = task % count, rest = rows - p * PANEL;
+            float added[PANEL] __attribute__((aligned(64)));
+            load_bias(bias ? bias + p * PANEL : NULL, rest, added);
+            for (int64_t b = part * blocks / parts; b < (part + 1) * blocks / parts; b++) {
+                int some = n - b * TALL < TALL ? (int)(n - b * TALL) : TALL;
+                for (int64_t s = 0; s < PANEL; s += STRIP)
+                    block_by_strip(some, depth, left + b * size, panels + (p * PANEL + s) * depth, sums + s, PANEL);
+                for (int r = 0; r < some; r++)
+                    put_row(sums + r * PANEL, added, (int)gated, rest, out + (b * TALL + r) * width + p * step);
+            }
+        }
+    }
+    free(left);
+    return 0;
+}
 #else
 int has_tiles(void) { return 0; }
+
+int has_product(void) { return 0; }
 
 void pack(int64_t rows, int64_t depth, const real *weight, real *panels) {}
 

@@ -1,4 +1,4 @@
-/* Numbers of both types, and the exponential: what the kernels share.
+/* Numbers of both types: what the kernels share.
  *
  * Compiled once for float and once for bfloat16 (-DBF16); sums are float in both.
  */
@@ -40,21 +40,3 @@ static inline int64_t up(int64_t x, int64_t step) { return (x + step - 1) / step
 
 /* What is left of x after it was kept as a `real`. */
 static inline float kept(float x) { return load(store(x)); }
-
-/* e^x to 2 units in the last place; vectorises, unlike expf. */
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = rintf(x * 1.44269504f);
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    uint32_t scale = (uint32_t)((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &scale, 4);
-    return p * power;
-}

@@ -4,7 +4,24 @@
  * repeat to the bit.
  */
 #define _GNU_SOURCE /* memrchr */
-#include "real.h"
+#include "vec.h"
+
+static inline vec load_some_floats(const float *x, int64_t some) {
+    if (some >= LANES) return load_floats(x);
+    vec out = {0};
+    for (int64_t i = 0; i < some; i++) out[i] = x[i];
+    return out;
+}
+
+/* The first `some` sums get more. */
+static inline void add_some(float *sums, vec more, int64_t some) {
+    if (some >= LANES) {
+        more += load_floats(sums);
+        memcpy(sums, &more, sizeof more);
+    } else {
+        for (int64_t i = 0; i < some; i++) sums[i] += more[i];
+    }
+}
 
 /* First row of part p of n rows in `parts` parts. */
 static inline int64_t cut(int64_t n, int64_t p, int64_t parts) { return n * p / parts; }
@@ -20,17 +37,20 @@ void norm_back(int64_t n, int64_t heads, int64_t d, int64_t x_stride, int64_t g_
             int64_t at = i / heads * g_stride + i % heads * d;
             const real *row = x + i / heads * x_stride + i % heads * d, *came = g + at;
             real *to = gx + at;
-            float squares = 0, dot = 0;
-            for (int64_t j = 0; j < d; j++) squares += load(row[j]) * load(row[j]);
-            float scale = 1.0f / sqrtf(squares / (float)d + eps);
-            for (int64_t j = 0; j < d; j++) dot += kept(load(came[j]) * load(w[j])) * load(row[j]);
-            dot *= scale * scale * scale / (float)d;
-#pragma GCC ivdep
-            for (int64_t j = 0; j < d; j++) {
-                float value = load(row[j]), grad = load(came[j]);
-                mine[j] += grad * kept(value * scale);
-                float found = kept(kept(grad * load(w[j])) * scale - value * dot);
-                to[j] = store(more ? found + load(more[at + j]) : found);
+            vec squares = {0}, products = {0};
+            for (int64_t j = 0; j < d; j += LANES) {
+                vec value = load_some(row + j, d - j);
+                squares += value * value;
+                products += kept_vec(load_some(came + j, d - j) * load_some(w + j, d - j)) * value;
+            }
+            float scale = 1.0f / sqrtf(total(squares) / (float)d + eps);
+            float dot = total(products) * scale * scale * scale / (float)d;
+            for (int64_t j = 0; j < d; j += LANES) {
+                int64_t some = d - j;
+                vec value = load_some(row + j, some), grad = load_some(came + j, some);
+                add_some(mine + j, grad * kept_vec(value * scale), some);
+                vec found = kept_vec(kept_vec(grad * load_some(w + j, some)) * scale - value * dot);
+                store_some(to + j, more ? found + load_some(more + at + j, some) : found, some);
             }
         }
     }
@@ -42,13 +62,13 @@ void silu_mul_back(int64_t n, int64_t f, const real *gate_up, const real *g, rea
     for (int64_t i = 0; i < n; i++) {
         const real *gate = gate_up + i * 2 * f, *up = gate + f, *came = g + i * f;
         real *to_gate = back + i * 2 * f, *to_up = to_gate + f, *out = product + i * f;
-#pragma GCC ivdep
-        for (int64_t j = 0; j < f; j++) {
-            float x = load(gate[j]), u = load(up[j]), c = load(came[j]);
-            float s = 1.0f / (1.0f + exponential(-x)), silu = kept(x * s);
-            out[j] = store(silu * u);
-            to_up[j] = store(c * silu);
-            to_gate[j] = store(kept(c * u) * (s * (1.0f + x * (1.0f - s))));
+        for (int64_t j = 0; j < f; j += LANES) {
+            int64_t some = f - j;
+            vec x = load_some(gate + j, some), u = load_some(up + j, some), c = load_some(came + j, some);
+            vec s = inverse(1.0f + exp_vec(-x)), silu = kept_vec(x * s);
+            store_some(out + j, silu * u, some);
+            store_some(to_up + j, c * silu, some);
+            store_some(to_gate + j, kept_vec(c * u) * (s * (1.0f + x * (1.0f - s))), some);
         }
     }
 }
@@ -61,10 +81,13 @@ void rope_back(int64_t n, int64_t heads, int64_t d, int64_t stride, real *g, con
         const real *c = cos + i * d, *s = sin + i * d;
         for (int64_t h = 0; h < heads; h++) {
             real *head = g + i * stride + h * d;
-            for (int64_t j = 0; j < half; j++) {
-                float a = load(head[j]), b = load(head[j + half]);
-                head[j] = store(kept(a * load(c[j])) + kept(b * load(s[j + half])));
-                head[j + half] = store(kept(b * load(c[j + half])) - kept(a * load(s[j])));
+            for (int64_t j = 0; j < half; j += LANES) {
+                int64_t some = half - j;
+                vec a = load_some(head + j, some), b = load_some(head + half + j, some);
+                vec first = kept_vec(a * load_some(c + j, some)) + kept_vec(b * load_some(s + half + j, some));
+                vec second = kept_vec(b * load_some(c + half + j, some)) - kept_vec(a * load_some(s + j, some));
+                store_some(head + j, first, some);
+                store_some(head + half + j, second, some);
             }
         }
     }
@@ -115,20 +138,28 @@ void collect(int64_t n, int64_t heads, int64_t d, int64_t stride, const real *x,
         }
 }
 
-/* scores [keys] (products) -> row = softmax of those that are seen; some are. */
+/* All ones in the lanes of what is seen, of which `some` are left. */
+static inline lanes seen_lanes(const uint8_t *seen, int64_t some) {
+    lanes out = {0};
+    for (int64_t i = 0; i < LANES && i < some; i++) out[i] = -(int32_t)(seen[i] != 0);
+    return out;
+}
+
+/* scores [keys] (products) -> row, filled up to whole vectors, = softmax of those that are seen; some are. */
 static inline void softmax(int64_t keys, const real *scores, const uint8_t *seen, float scale, float *row) {
-    float top = -3e38f, total = 0;
-    for (int64_t j = 0; j < keys; j++) {
-        float s = seen[j] ? load(scores[j]) * scale : -3e38f;
-        row[j] = s;
-        top = s > top ? s : top;
+    vec top = every(-3e38f), sum = {0};
+    for (int64_t j = 0; j < keys; j += LANES) {
+        vec x = chosen(seen_lanes(seen + j, keys - j), load_some(scores + j, keys - j) * scale, every(-3e38f));
+        top = greater(x, top);
+        memcpy(row + j, &x, sizeof x);
     }
-    for (int64_t j = 0; j < keys; j++) {
-        float e = row[j] < -1e38f ? 0.0f : exponential(row[j] - top);
-        row[j] = e;
-        total += e;
+    float most = greatest(top);
+    for (int64_t j = 0; j < keys; j += LANES) {
+        vec x = load_floats(row + j), e = (vec)((lanes)exp_vec(x - most) & (x > -1e38f));
+        sum += e;
+        memcpy(row + j, &e, sizeof e);
     }
-    float over = 1.0f / total;
+    float over = 1.0f / total(sum);
     for (int64_t j = 0; j < keys; j++) row[j] *= over;
 }
 
@@ -139,7 +170,7 @@ int masked_softmax(int64_t units, int64_t heads, int64_t queries, int64_t keys, 
     int failed = 0;
 #pragma omp parallel if (units * heads * queries * keys > 4096)
     {
-        float *row = malloc((size_t)(keys + 1) * sizeof(float));
+        float *row = malloc((size_t)up(keys + 1, LANES) * sizeof(float));
         if (!row) {
 #pragma omp atomic write
             failed = 1;
@@ -152,13 +183,15 @@ int masked_softmax(int64_t units, int64_t heads, int64_t queries, int64_t keys, 
             const uint8_t *final = memrchr(visible, 1, (size_t)keys); /* what follows is hidden: half of a causal mask */
             int64_t most = final ? final - visible + 1 : 1;
             softmax(most, mine, visible, scale, row);
-            for (int64_t j = 0; j < most; j++) mine[j] = store(row[j]);
+            for (int64_t j = 0; j < most; j += LANES) store_some(mine + j, load_floats(row + j), most - j);
             memset(mine + most, 0, (size_t)(keys - most) * sizeof(real));
             if (!g) continue;
             real *back = g + i * keys;
-            float dot = 0;
-            for (int64_t j = 0; j < most; j++) dot += row[j] * load(back[j]);
-            for (int64_t j = 0; j < most; j++) back[j] = store(row[j] * (load(back[j]) - dot) * scale);
+            vec products = {0};
+            for (int64_t j = 0; j < most; j += LANES) products += load_floats(row + j) * load_some(back + j, most - j);
+            float dot = total(products);
+            for (int64_t j = 0; j < most; j += LANES)
+                store_some(back + j, load_floats(row + j) * (load_some(back + j, most - j) - dot) * scale, most - j);
             memset(back + most, 0, (size_t)(keys - most) * sizeof(real));
         }
         free(row);
@@ -169,14 +202,15 @@ int masked_softmax(int64_t units, int64_t heads, int64_t queries, int64_t keys, 
 /* Logits of ids first .. first + width - 1, [n, width]: the largest so far, the sum of exponentials under it, and the
  * target's logit, one of each per row. */
 void logits_seen(int64_t n, int64_t width, int64_t first, const real *logits, const int64_t *targets, float *top,
-                 float *total, float *picked) {
+                 float *sum, float *picked) {
 #pragma omp parallel for schedule(static) if (n * width > 4096)
     for (int64_t i = 0; i < n; i++) {
         const real *row = logits + i * width;
-        float high = top[i], sum = 0;
-        for (int64_t j = 0; j < width; j++) high = load(row[j]) > high ? load(row[j]) : high;
-        for (int64_t j = 0; j < width; j++) sum += exponential(load(row[j]) - high);
-        total[i] = total[i] * exponential(top[i] - high) + sum;
+        vec highest = every(top[i]), more = {0};
+        for (int64_t j = 0; j < width; j += LANES) highest = greater(load_below(row + j, width - j), highest);
+        float high = greatest(highest);
+        for (int64_t j = 0; j < width; j += LANES) more += exp_vec(load_below(row + j, width - j) - high);
+        sum[i] = sum[i] * expf(top[i] - high) + total(more);
         top[i] = high;
         if (targets[i] >= first && targets[i] < first + width) picked[i] = load(row[targets[i] - first]);
     }
@@ -191,8 +225,9 @@ void logits_back(int64_t n, int64_t width, int64_t first, real *logits, const in
         int64_t at = targets[i] - first;
         float picked = at >= 0 && at < width ? load(row[at]) : 0.0f;
         float all = log_total[i], factor = g[i];
-        for (int64_t j = 0; j < width; j++) row[j] = store(-factor * exponential(load(row[j]) - all));
-        if (at >= 0 && at < width) row[at] = store(factor * (1.0f - exponential(picked - all)));
+        for (int64_t j = 0; j < width; j += LANES)
+            store_some(row + j, -factor * exp_vec(load_some(row + j, width - j) - all), width - j);
+        if (at >= 0 && at < width) row[at] = store(factor * (1.0f - expf(picked - all)));
     }
 }
 
@@ -207,12 +242,12 @@ void squares(int64_t n, int64_t piece, const real *g, const float *sum, float *o
 #pragma omp parallel for schedule(static)
     for (int64_t p = 0; p < (n + piece - 1) / piece; p++) {
         int64_t last = (p + 1) * piece < n ? (p + 1) * piece : n;
-        float total = 0;
-        if (sum)
-            for (int64_t i = p * piece; i < last; i++) total += sum[i] * sum[i];
-        else
-            for (int64_t i = p * piece; i < last; i++) total += load(g[i]) * load(g[i]);
-        of_pieces[p] = total;
+        vec found = {0};
+        for (int64_t i = p * piece; i < last; i += LANES) {
+            vec x = sum ? load_some_floats(sum + i, last - i) : load_some(g + i, last - i);
+            found += x * x;
+        }
+        of_pieces[p] = total(found);
     }
 }
 

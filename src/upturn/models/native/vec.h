@@ -1,9 +1,18 @@
-/* Sixteen numbers at once, of both types: loads, stores, and the exponential. */
+/* As many numbers at once as a register holds, of both types: loads, stores, and the exponential. */
 #pragma once
 #include "real.h"
+#if defined __AVX2__ && !defined __AVX512F__
+#include <immintrin.h>
+#endif
 
-/* 16 numbers at once, on any machine: compilers split them where registers are shorter. */
+/* Longer vectors than registers would do anywhere, but compilers keep them in memory. */
+#ifdef __AVX512F__
 enum { LANES = 16 };
+#elif defined __AVX2__
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
 
@@ -12,23 +21,55 @@ static inline vec chosen(lanes which, vec one, vec other) {
     return (vec)(((lanes)one & which) | ((lanes)other & ~which));
 }
 
+/* x in every lane. */
+static inline vec every(float x) {
+#ifdef __AVX512F__
+    return (vec)_mm512_set1_ps(x);
+#elif defined __AVX2__
+    return (vec)_mm256_set1_ps(x);
+#else
+    return (vec){x, x, x, x};
+#endif
+}
+
 static inline vec load_vec(const real *x) {
     vec out;
 #ifndef BF16
     memcpy(&out, x, sizeof out);
 #elif defined __AVX512F__ /* the compiler makes four instructions of the other way */
     out = (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
+#elif defined __AVX2__
+    out = (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16);
 #else
     for (int i = 0; i < LANES; i++) out[i] = load(x[i]);
 #endif
     return out;
 }
 
+static inline vec load_floats(const float *x) {
+    vec out;
+    memcpy(&out, x, sizeof out);
+    return out;
+}
+
+#ifdef BF16
+/* Bits of the nearest bfloat16 in the lower half of each lane, as `store` rounds. */
+static inline lanes nearest(vec x) {
+    lanes bits = (lanes)x, rounded = bits + (0x7fff + ((bits >> 16) & 1)), is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    return (lanes)chosen(is_nan, (vec)((lanes){0} + 0x7fc0), (vec)((rounded >> 16) & 0xffff));
+}
+#endif
+
 static inline void store_vec(real *to, vec x) {
 #ifndef BF16
     memcpy(to, &x, sizeof x);
 #elif defined __AVX512BF16__
     _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#elif defined __AVX512F__
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16((__m512i)nearest(x)));
+#elif defined __AVX2__
+    __m256i halves = _mm256_packus_epi32((__m256i)nearest(x), (__m256i)nearest(x));
+    _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0xd8)));
 #else
     for (int i = 0; i < LANES; i++) to[i] = store(x[i]);
 #endif
@@ -36,12 +77,12 @@ static inline void store_vec(real *to, vec x) {
 
 /* What is left of x after it was kept as a `real`. */
 static inline vec kept_vec(vec x) {
-#if defined BF16 && defined __AVX512BF16__
+#ifndef BF16
+    return x;
+#elif defined __AVX512BF16__
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)), 16);
 #else
-    real bits[LANES];
-    store_vec(bits, x);
-    return load_vec(bits);
+    return (vec)(nearest(x) << 16);
 #endif
 }
 
@@ -60,6 +101,14 @@ static inline float total(vec x) {
     for (int i = 0; i < LANES; i++) sum += x[i];
     return sum;
 }
+
+static inline float greatest(vec x) {
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+static inline vec greater(vec x, vec y) { return chosen(x > y, x, y); }
 
 static inline vec between(vec x, float least, float most) {
     vec low = (vec){0} + least, high = (vec){0} + most;
@@ -88,6 +137,13 @@ static inline vec load_some(const real *x, int64_t some) {
     real row[LANES] = {0};
     memcpy(row, x, (size_t)some * sizeof(real));
     return load_vec(row);
+}
+
+/* The same with the least of numbers behind them. */
+static inline vec load_below(const real *x, int64_t some) {
+    vec out = load_some(x, some);
+    for (int64_t i = some; i < LANES; i++) out[i] = -3e38f;
+    return out;
 }
 
 static inline void store_some(real *to, vec x, int64_t some) {
