@@ -52,9 +52,10 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--batch", type=int, default=64, help="0: continuous batching")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model: Any = load.load(args.model, "bfloat16", device="cpu").model
+    model: Any = load.load(args.model, args.dtype, device="cpu").model
 
     def handle(question: dict[str, Any]) -> dict[str, Any]:
         torch.manual_seed(question["seed"])

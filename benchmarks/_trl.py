@@ -24,13 +24,12 @@ from upturn.types import Sample
 
 FOREVER = 10**6
 TUNED: dict[str, Any] = {
-    "model_init_kwargs": {"dtype": "bfloat16"},
     "bf16": False,
     "gradient_checkpointing": False,
     "precompute_ref_log_probs": True,
     "train_sampling_strategy": "sequential",
 }
-"""bf16 weights and optimizer state without autocast, no recomputation, the reference once; rows come sorted by size."""
+"""Weights and optimizer state in one type without autocast, no recomputation, the reference once; rows come sorted."""
 
 
 class OnOurRows(DPOTrainer):
@@ -89,7 +88,8 @@ def main() -> None:
         options: dict[str, Any] = {"output_dir": folder, "report_to": "none", "save_strategy": "no", "use_cpu": True}
         options |= {"disable_tqdm": True, "max_steps": FOREVER, "learning_rate": _training.LEARNING_RATE}
         options |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": -(-len(rows) // batch)}
-        options |= (TUNED | {"torch_compile": args.compile}) if args.tuned else {}
+        if args.tuned:
+            options |= TUNED | {"model_init_kwargs": {"dtype": args.dtype}, "torch_compile": args.compile}
         trainer = OnOurRows(
             model=load.resolve(args.model),
             args=DPOConfig(**options),
@@ -103,6 +103,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="TRL's arm of tree_step.py.")
     parser.add_argument("--tuned", action="store_true")
+    parser.add_argument("--dtype", default="bfloat16", help="of a tuned run")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--batch", type=int, default=8, help="preference rows of one micro-batch; 8 is TRL's default")
     _training.add_arguments(parser)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import _child
+import _facts
 import _rows
 import transformers
 from _child import Answer, Child
@@ -143,11 +144,13 @@ def _arm(args: argparse.Namespace, s: Setting, peer: str, folder: Path) -> tuple
     """How a peer is run, in words and as a process."""
     threads = ["--threads", str(args.threads)]
     model = ["--model", args.model, *threads]
+    plain = [*model, "--dtype", args.peer_dtype]
     if peer == "generate":
-        size = _best_batch(args, s, model)
-        return f"bf16, SDPA, batches of {size}", lambda: Child("_generate.py", [*model, "--batch", str(size)])
+        size = _best_batch(args, s, plain)
+        words = f"{args.peer_dtype}, SDPA, batches of {size}"
+        return words, lambda: Child("_generate.py", [*plain, "--batch", str(size)])
     if peer == "continuous":
-        return "bf16, paged cache of 64k tokens", lambda: Child("_generate.py", [*model, "--batch", "0"])
+        return f"{args.peer_dtype}, paged cache of 64k tokens", lambda: Child("_generate.py", [*plain, "--batch", "0"])
     if peer == "vllm":
         options = ["--folder", load.resolve(args.model), "--slots", str(args.slots), *threads]
         return "bf16, prefix caching", lambda: Child("_vllm.py", options, args.vllm_python)
@@ -202,6 +205,7 @@ def _arguments() -> argparse.Namespace:
     import sys
 
     parser = _child.parser("Refinement chains: our engine against peers.", quick="few prompts, one repeat")
+    _facts.add_peer_dtype(parser)
     parser.add_argument("--peers", nargs="+", choices=[*NAMES], default=[*NAMES])
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--turns", type=int, default=4)

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import _child
+import _facts
 import _rows
 import _training
 from _child import Answer, Child
@@ -26,8 +27,8 @@ NAMES = {"default": "TRL DPOTrainer, defaults", "tuned": "TRL DPOTrainer, tuned"
 OPTIONS = {
     "default": "same rows and weights; its own loss (sigmoid DPO on each row); fp32 weights, bf16 autocast, "
     "gradient checkpointing, reference model in every step, batches of 8",
-    "tuned": "same rows and weights; its own loss (sigmoid DPO on each row); bf16 weights and optimizer state, "
-    "no checkpointing, precomputed reference, rows sorted by length",
+    "tuned": "same rows and weights; its own loss (sigmoid DPO on each row); weights and optimizer state in "
+    "{dtype}, no checkpointing, precomputed reference, rows sorted by length",
     "rows": "the same code with share=False",
 }
 TUNED = {
@@ -87,7 +88,11 @@ def _tuned(args: argparse.Namespace, profile: str) -> dict[str, Any]:
     if not seconds:
         raise _child.ChildError(next(iter(tries.values())))
     best = min(seconds, key=seconds.__getitem__)
-    return {"arguments": TUNED[best], "options": f"{OPTIONS['tuned']}, {best}", "tries": tries}
+    return {
+        "arguments": TUNED[best],
+        "options": f"{OPTIONS['tuned'].format(dtype=args.peer_dtype)}, {best}",
+        "tries": tries,
+    }
 
 
 @contextlib.contextmanager
@@ -97,7 +102,7 @@ def _arm(args: argparse.Namespace, profile: str, name: str, *more: str) -> Itera
         "tree": ("_training.py", "--max-tree-tokens", str(args.max_tree_tokens)),
         "rows": ("_training.py", "--arm", "rows", "--max-tree-tokens", str(args.max_tree_tokens)),
         "default": ("_trl.py",),
-        "tuned": ("_trl.py", "--tuned"),
+        "tuned": ("_trl.py", "--tuned", "--dtype", args.peer_dtype),
     }
     script, *options = own[name]
     with Child(script, [*options, *more, *common]) as child:
@@ -138,6 +143,7 @@ def _version(package: str) -> str:
 def _arguments() -> argparse.Namespace:
     parser = _child.parser("One EVOLVE preference step: token tree against peers.", quick="two pairs, one repeat")
     parser.add_argument("--profiles", nargs="+", choices=[*_training.PROFILES], default=[*_training.PROFILES])
+    _facts.add_peer_dtype(parser)
     parser.add_argument("--peers", nargs="+", choices=[*NAMES], default=[*NAMES])
     parser.add_argument("--pairs", type=int, default=0, help="pairs per step; 0: as the profile says")
     parser.add_argument("--repeats", type=int, default=5, help="measured steps of each arm")
