@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from upturn import numerics, trees
-from upturn.models import _memory, _output_layer, fused, fused_training, policy
+from upturn.models import _fused_layer, _kept, _memory, _output_layer, fused, fused_training, policy
 from upturn.models._tree_attention import Heads, attend, attend_back
 from upturn.models._tree_plan import TreePlan
 from upturn.models.native import back, ops
@@ -118,11 +118,42 @@ def test_what_is_kept_or_made_again_has_the_same_bits(dtype: torch.dtype, width:
     for free in (2**40, 0):
         monkeypatch.setattr(_memory, "free", lambda free=free: free)
         made = Counter[str]()
-        monkeypatch.setattr(fused_training, "_gate_up", partial(_counted, made, fused_training._gate_up))
+        monkeypatch.setattr(_fused_layer, "_gate_up", partial(_counted, made, _fused_layer._gate_up))
         found.append(learnt(model, tree)[1])
         monkeypatch.undo()
         assert made["calls"] == (2 if free else 4)  # of two layers, once forward and once again
     assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_layers_keep_in_pieces_as_large_as_needed(family: str, monkeypatch: pytest.MonkeyPatch):
+    model, tree, taken = tiny(COMMON[family], torch.bfloat16), forest(), list[tuple[int, int]]()
+    expected = learnt(model, tree)[1]
+
+    class Noted(_kept.Piece):
+        def close(self) -> None:
+            if self._memory is not None:
+                taken.append((self._taken, len(self._memory)))
+            super().close()
+
+    monkeypatch.setattr(_kept, "Piece", Noted)
+    found = learnt(model, tree)[1]
+    assert len(taken) == 2 and all(used == room for used, room in taken)
+    with torch.no_grad():
+        policy.tree_logprobs(model, tree)
+    assert len(taken) == 2  # nothing is kept without a backward pass
+    monkeypatch.setattr(_kept, "pieces", lambda sizes: [_kept.Piece() for _ in sizes])
+    apart = learnt(model, tree)[1]
+    assert all(torch.equal(grad, found[name]) and torch.equal(grad, apart[name]) for name, grad in expected.items())
+
+
+def test_a_piece_never_gives_the_same_memory_twice():
+    (piece,) = _kept.pieces([[10, 70]])
+    one, two, three = (piece.empty(torch.empty(0, dtype=torch.bfloat16), *shape) for shape in ((5,), (5, 7), (1,)))
+    assert two.data_ptr() - one.data_ptr() == _kept.STEP and two.shape == (5, 7) and two.is_contiguous()
+    assert one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr() != three.untyped_storage().data_ptr()
+    piece.close()
+    assert piece.empty(one, 1).untyped_storage().data_ptr() != one.untyped_storage().data_ptr()
 
 
 def _counted(made: Counter[str], work: Callable[..., Any], *args: Any) -> Any:
@@ -202,6 +233,19 @@ def test_other_layers_keep_their_own_forward():
     gemma = tiny(lambda **shape: Gemma2Config(**shape, query_pre_attn_scalar=16), torch.float32)
     assert not any(map(fused_training._fusable, fused.layers_of(gemma)))
     assert not _output_layer.usable(gemma, torch.zeros(1))
+
+
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_a_slow_type_is_told_once(is_slow: bool, monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    monkeypatch.setattr(fused_training.progress, "say", said.append)
+    monkeypatch.setattr(fused_training.packed, "is_slow", lambda weight: is_slow and weight.dtype == torch.bfloat16)
+    for dtype, config in ((torch.bfloat16, Gemma2Config), (torch.float32, Gemma2Config), (torch.bfloat16, LlamaConfig)):
+        model = tiny(config, dtype)
+        for _ in range(2):
+            policy.tree_logprobs(model, forest())
+    assert len(said) == is_slow
+    assert not is_slow or "float32" in said[0]
     adapted, hooked = (tiny(LlamaConfig, torch.float32) for _ in range(2))
     for layer in fused.layers_of(adapted):
         layer.self_attn.q_proj = nn.Sequential(layer.self_attn.q_proj)  # type: ignore[union-attr]
@@ -216,7 +260,7 @@ def test_the_model_is_left_as_it_was_also_after_a_fault(monkeypatch: pytest.Monk
     model, tree = tiny(LlamaConfig, torch.float32), forest()
     learnt(model, tree)
     assert not any("forward" in part.__dict__ for part in model.modules())
-    monkeypatch.setattr(fused_training, "attend", lambda *args: 1 / 0)
+    monkeypatch.setattr(_fused_layer, "attend", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         policy.tree_logprobs(model, tree)
     assert not any("forward" in part.__dict__ for part in model.modules())

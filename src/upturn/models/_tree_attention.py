@@ -70,10 +70,10 @@ class Heads:
         return q, k, v
 
 
-def attend(heads: Heads, units: Units, scaling: float) -> Tensor:
-    """`[T, H, D]`."""
+def attend(heads: Heads, units: Units, scaling: float, out: Tensor | None = None) -> Tensor:
+    """`[T, H, D]`, into `out` where it is given."""
     q = heads.parts[0]
-    out = q.new_empty(q.shape)
+    out = q.new_empty(q.shape) if out is None else out
     if _fits_tiles(heads):
         back.tree_attend(heads.all, heads.kv_heads, units.table, scaling, out)
         return out

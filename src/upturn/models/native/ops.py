@@ -65,10 +65,13 @@ def usable(like: Tensor) -> bool:
     return like.device.type == "cpu" and _library(like.dtype) is not None
 
 
-def norm(x: Tensor, weight: Tensor, eps: float, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`x [T, d]`, plus `more` where given, and its RMS norm times the weight."""
+def norm(
+    x: Tensor, weight: Tensor, eps: float, more: Tensor | None = None, total: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`x [T, d]`, plus `more` where given (into `total`, where that is given), and its RMS norm times the weight."""
     out = torch.empty_like(x)
-    total = x if more is None else torch.empty_like(x)
+    if total is None or more is None:
+        total = x if more is None else torch.empty_like(x)
     added = None if more is None else more.data_ptr()
     size, width = x.shape
     args = (x.data_ptr(), added, weight.data_ptr(), eps, total.data_ptr(), out.data_ptr())
