@@ -24,7 +24,7 @@ from transformers import (
 from upturn.engines import local, sampling
 from upturn.engines._slots import Slots, Span, StepPlan
 from upturn.errors import ModelError
-from upturn.models import chat, fused, load, packed, policy
+from upturn.models import _slow, chat, fused, load, packed, policy
 from upturn.models.native import ops
 from upturn.strategies import chain
 from upturn.types import Attempt, Prompt, Requests
@@ -213,6 +213,17 @@ def test_a_first_short_context_is_not_kept_waiting(monkeypatch):
         plan = StepPlan(slots, [Span(1, 0, len(ids), 1)])
         policy.hidden_states(model, ids, plan.place_T, plan)
         assert all(are_fused(model))
+
+
+def test_a_slow_type_is_told_once(monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    monkeypatch.setattr(_slow.progress, "say", said.append)
+    monkeypatch.setattr(_slow, "is_slow", lambda weight: weight.dtype == torch.bfloat16)
+    model = made("llama", torch.bfloat16)
+    for usable in (True, False, False):
+        monkeypatch.setattr(ops, "usable", lambda like, usable=usable: usable)
+        with fused.fused(model):
+            assert len(said) == (not usable)
 
 
 @needs_kernels

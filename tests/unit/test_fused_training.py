@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from upturn import numerics, trees
-from upturn.models import _fused_layer, _kept, _memory, _output_layer, fused, fused_training, policy
+from upturn.models import _fused_layer, _kept, _memory, _output_layer, _slow, fused, fused_training, policy
 from upturn.models._tree_attention import Heads, attend, attend_back
 from upturn.models._tree_plan import TreePlan
 from upturn.models.native import back, ops
@@ -238,8 +238,8 @@ def test_other_layers_keep_their_own_forward():
 @pytest.mark.parametrize("is_slow", [True, False])
 def test_a_slow_type_is_told_once(is_slow: bool, monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
-    monkeypatch.setattr(fused_training.progress, "say", said.append)
-    monkeypatch.setattr(fused_training.packed, "is_slow", lambda weight: is_slow and weight.dtype == torch.bfloat16)
+    monkeypatch.setattr(_slow.progress, "say", said.append)
+    monkeypatch.setattr(_slow, "is_slow", lambda weight: is_slow and weight.dtype == torch.bfloat16)
     for dtype, config in ((torch.bfloat16, Gemma2Config), (torch.float32, Gemma2Config), (torch.bfloat16, LlamaConfig)):
         model = tiny(config, dtype)
         for _ in range(2):

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from upturn.models import _attention, packed
+from upturn.models import _attention, _slow, packed
 from upturn.models._attention import How
 from upturn.models.native import ops
 
@@ -41,6 +41,7 @@ def fused(model: nn.Module) -> Iterator[None]:
     Joined weights go when the block ends; weights must not change within it. They take as much memory again.
     """
     _attention.use_plans(model)
+    _slow.tell(model, (part for part in model.modules() if isinstance(part, nn.Linear) and not ops.usable(part.weight)))
     layers: list[Any] = [layer for layer in layers_of(model) if is_common(layer) and _may_fuse(layer)]
     for layer in layers:
         layer.forward = _Maybe(layer)

@@ -8,22 +8,21 @@ holds and a twelfth of a step. Either way gives the same bits. Every weight stay
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from upturn import trees
-from upturn.models import _attention, _kept, _memory, fused, packed
+from upturn.models import _attention, _kept, _memory, _slow, fused
 from upturn.models._attention import How
 from upturn.models._fused_layer import Fused
 from upturn.models._tree_plan import TreePlan
 from upturn.models.native import back
-from upturn.tracking import progress
 from upturn.types import Sample
 
 SHARE_OF_FREE = 8
@@ -39,7 +38,7 @@ def fused_training(model: nn.Module, plan: TreePlan) -> Iterator[None]:
     _attention.use_plans(model)
     known = {} if plan.flex else {layer: how for layer in fused.layers_of(model) if (how := _fusable(layer))}
     layers: list[Any] = [*known]
-    _tell_if_slow(model, known)
+    _slow.tell(model, (layer for layer in fused.layers_of(model) or [model] if layer not in known))
     tokens = len(plan.tree.ids_T)
     keeps_gates = SHARE_OF_FREE * _gates_bytes(layers, tokens) <= _memory.free()
     made = [Fused(layer, known[layer], keeps_gates=keeps_gates) for layer in layers]
@@ -53,20 +52,6 @@ def fused_training(model: nn.Module, plan: TreePlan) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
-
-
-def _tell_if_slow(model: nn.Module, known: Container[nn.Module]) -> None:
-    """Once for a model of which torch multiplies parts in a type that is slow here."""
-    others = [layer for layer in fused.layers_of(model) or [model] if layer not in known]
-    if model not in _TOLD and any(packed.is_slow(weight) for layer in others for weight in layer.parameters()):
-        progress.say(
-            "layers of this kind have no kernels here, and this processor no instructions for bfloat16: "
-            "to train them with dtype float32 is several times as fast"
-        )
-        _TOLD.add(model)
-
-
-_TOLD: WeakSet[nn.Module] = WeakSet()
 
 
 def _gates_bytes(layers: Iterable[Any], tokens: int) -> int:

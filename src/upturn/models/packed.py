@@ -66,13 +66,6 @@ def available() -> bool:
     return known._is_mkldnn_bf16_supported() and not known._is_mkldnn_acl_supported()
 
 
-def is_slow(weight: Tensor) -> bool:
-    """Whether torch has no fast products with this weight: it is bfloat16, and the CPU has no instruction for that."""
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return not cast(Any, torch.ops.mkldnn)._is_mkldnn_bf16_supported()
-
-
 class Product:
     """`x @ weight.T + bias` of linear layers that share their input, side by side, packed where that pays."""
 

@@ -1,0 +1,31 @@
+"""Says what is needlessly slow: bfloat16 by torch, on a processor that has no instruction for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from upturn.tracking import progress
+
+_TOLD: WeakSet[nn.Module] = WeakSet()
+
+
+def tell(model: nn.Module, parts: Iterable[nn.Module]) -> None:
+    """Once for a model of which torch multiplies these parts, if that is slow here."""
+    if model not in _TOLD and any(is_slow(weight) for part in parts for weight in part.parameters()):
+        _TOLD.add(model)
+        progress.say(
+            "this processor has no instructions for bfloat16, and upturn no kernels for layers of this kind here: "
+            "dtype float32 is several times as fast"
+        )
+
+
+def is_slow(weight: Tensor) -> bool:
+    """Whether torch has no fast product with this weight."""
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return False
+    return not (torch.backends.mkldnn.is_available() and cast(Any, torch.ops.mkldnn)._is_mkldnn_bf16_supported())
