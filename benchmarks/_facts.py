@@ -9,10 +9,12 @@ import platform
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
+
+from upturn.models.native import ops
 
 HERE = Path(__file__).parent
 FLAGS = ("amx_bf16", "amx_int8", "amx_tile", "avx2", "avx512_bf16", "avx512f", "bf16", "sve")
@@ -41,7 +43,7 @@ def facts() -> dict[str, Any]:
 
 def add_peer_dtype(parser: argparse.ArgumentParser) -> None:
     """The type that peers of torch compute in; unless it is named, the one that torch multiplies fastest here."""
-    fastest = "bfloat16" if cast(Any, torch.ops.mkldnn)._is_mkldnn_bf16_supported() else "float32"
+    fastest = "bfloat16" if ops.torch_has_bf16() else "float32"
     parser.add_argument("--peer-dtype", choices=("bfloat16", "float32"), default=fastest)
 
 

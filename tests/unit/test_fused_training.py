@@ -233,6 +233,14 @@ def test_other_layers_keep_their_own_forward():
     gemma = tiny(lambda **shape: Gemma2Config(**shape, query_pre_attn_scalar=16), torch.float32)
     assert not any(map(fused_training._fusable, fused.layers_of(gemma)))
     assert not _output_layer.usable(gemma, torch.zeros(1))
+    adapted, hooked = (tiny(LlamaConfig, torch.float32) for _ in range(2))
+    for layer in fused.layers_of(adapted):
+        layer.self_attn.q_proj = nn.Sequential(layer.self_attn.q_proj)  # type: ignore[union-attr]
+    for layer in fused.layers_of(hooked):
+        layer.mlp.register_forward_hook(lambda *args: None)  # type: ignore[union-attr,operator]
+    for model in (adapted, hooked, tiny(LlamaConfig, torch.float64)):
+        assert not any(map(fused_training._fusable, fused.layers_of(model)))
+        assert torch.isfinite(learnt(model, forest())[0]).all()
 
 
 @pytest.mark.parametrize("is_slow", [True, False])
@@ -246,14 +254,6 @@ def test_a_slow_type_is_told_once(is_slow: bool, monkeypatch: pytest.MonkeyPatch
             policy.tree_logprobs(model, forest())
     assert len(said) == is_slow
     assert not is_slow or "float32" in said[0]
-    adapted, hooked = (tiny(LlamaConfig, torch.float32) for _ in range(2))
-    for layer in fused.layers_of(adapted):
-        layer.self_attn.q_proj = nn.Sequential(layer.self_attn.q_proj)  # type: ignore[union-attr]
-    for layer in fused.layers_of(hooked):
-        layer.mlp.register_forward_hook(lambda *args: None)  # type: ignore[union-attr,operator]
-    for model in (adapted, hooked, tiny(LlamaConfig, torch.float64)):
-        assert not any(map(fused_training._fusable, fused.layers_of(model)))
-        assert torch.isfinite(learnt(model, forest())[0]).all()
 
 
 def test_the_model_is_left_as_it_was_also_after_a_fault(monkeypatch: pytest.MonkeyPatch):
@@ -328,6 +328,13 @@ def test_attention_has_the_gradient_of_autograd(
     assert_near(attend(heads, plan.units(window), 0.3), expected.detach(), dtype)
     found = attend_back(heads, g, plan.units(window), plan.copies(kv), 0.3)
     assert_near(found.all, torch.autograd.grad(expected, wide, g.double())[0], dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_without_targets_there_is_no_gradient(dtype: torch.dtype):
+    hidden, weight = (torch.zeros(size, 32, dtype=dtype, requires_grad=True) for size in (0, 64))
+    _output_layer.logprobs(hidden, weight, torch.zeros(0, dtype=torch.long)).sum().backward()
+    assert weight.grad is not None and not weight.grad.any()
 
 
 @pytest.mark.parametrize("dtype", TYPES)

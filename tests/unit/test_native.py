@@ -74,8 +74,8 @@ def test_rotary_embedding(width: int, normed: bool, dtype: torch.dtype):
     assert torch.equal(joined[:, 4], rest)
 
 
-SLOTS, LENGTH = 4, 128
-RUNS = [[2, 0, 0, 1], [0, 1, 60, 20], [3, 21, 127, 1], [1, 22, 31, 3]]
+SLOTS, LENGTH = 4, 768
+RUNS = [[2, 0, 0, 1], [0, 1, 680, 20], [3, 21, 767, 1], [1, 22, 31, 3]]
 """New tokens of four slots: slot, first in the step, its place, and how many."""
 
 
@@ -133,7 +133,7 @@ def test_attention_of_a_token_does_not_depend_on_the_others(dtype: torch.dtype):
 def check_independence(dtype: torch.dtype) -> None:
     _, cache = held(2, 64, dtype)
     q = torch.randn(25, 6, 64).to(dtype)
-    for how in ((0.3, 0.0, 0), (0.3, 0.0, 40)):
+    for how in ((0.3, 0.0, 0), (0.3, 0.0, 40), (0.3, 0.0, 300)):
         alone = [[slot, flat + i, place + i, 1] for slot, flat, place, count in RUNS for i in range(count)]
         assert torch.equal(attended(q, RUNS, cache, how), attended(q, alone, cache, how))
 
@@ -234,7 +234,7 @@ def fresh() -> Iterator[None]:
 @needs_kernels
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of one family of processors")
-@pytest.mark.parametrize("flags", [("-mno-amx-tile", "-mno-amx-bf16"), ("-march=haswell",)])
+@pytest.mark.parametrize("flags", [("-mno-amx-tile", "-mno-amx-bf16"), ("-march=haswell",), ("-march=x86-64",)])
 def test_attention_without_matrix_tiles(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("UPTURN_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
@@ -250,15 +250,18 @@ def test_attention_without_matrix_tiles(flags: tuple[str, ...], monkeypatch: pyt
 def test_products_without_instructions_for_bfloat16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("UPTURN_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-march=haswell"))
+    monkeypatch.setattr(ops, "torch_has_bf16", lambda: False)
     assert ops.has_product(torch.bfloat16) and not ops.has_tiles(torch.bfloat16)
     for rows, out, width in [(1, 32, 32), (4, 100, 64), (70, 40, 1536)]:
         for dtype in DTYPES:
             check_product(rows, out, width, biased=rows > 1, dtype=dtype)
     assert back.has_matmul(torch.bfloat16) and not back.has_matmul(torch.float32)
-    for rows, columns, depth in [(0, 3, 5), (1, 1, 1), (7, 33, 31), (13, 100, 300), (600, 48, 200)]:
+    for rows, columns, depth in [(0, 3, 5), (5, 3, 0), (1, 1, 1), (7, 33, 31), (13, 100, 300), (600, 48, 200)]:
         check_matmul(rows, columns, depth)
-    with pytest.raises(ValueError, match="rows in one piece"):
+    with pytest.raises(ValueError, match="strides"):
         back.product(*torch.ones(2, 4, 4).bfloat16(), out=torch.empty(4, 4).bfloat16().t())
+    with pytest.raises(ValueError, match="a product of"):
+        back.product(torch.ones(3, 4).bfloat16(), torch.ones(5, 4).bfloat16())
 
 
 def check_matmul(rows: int, columns: int, depth: int) -> None:

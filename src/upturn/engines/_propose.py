@@ -98,13 +98,14 @@ COSTS = {
     "vectors": Cost(fixed=8, row=0.2, pad=0),
     "cuda": Cost(fixed=256, row=0, pad=0.3),
 }
-"""By device, from SmolLM2-135M with 256 tokens a slot; `tiles` and `vectors` are a CPU where our own products take it.
+"""By device, from SmolLM2-135M with 256 tokens a slot; `tiles` and `vectors` are a CPU where our own products run.
 
 - cpu: bfloat16 on one core with instructions for it and no tiles, measured 37, 0.57 and 0.18. The first two are rounded
   to the cautious side; `pad` 0.3 did better on recorded chains, where a single long guess promised more than it kept.
 - tiles: bfloat16 on two threads with AMX, measured 74, 0.91 and 0.05 in one hour, and 42, 0.67 and 0 in another one
   when tiles were slow. By passes and tokens counted, 32 to 48 is the best at both prices, with 8 and with 64 slots.
 - vectors: two threads with AVX2, measured 6.7, 0.13 and 0 in bfloat16, 9.7, 0.34 and 0 in float32: tokens are dear.
+  Not measured with AVX-512.
 - cuda: not measured; an H100 is bound by memory up to some 300 tokens.
 """
 NO_SAVING = Cost(fixed=0, row=0, pad=0)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from upturn.models.native import ops
 from upturn.tracking import progress
 
 _TOLD: WeakSet[nn.Module] = WeakSet()
@@ -26,6 +26,4 @@ def tell(model: nn.Module, parts: Iterable[nn.Module]) -> None:
 
 def is_slow(weight: Tensor) -> bool:
     """Whether torch has no fast product with this weight."""
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
-        return False
-    return not (torch.backends.mkldnn.is_available() and cast(Any, torch.ops.mkldnn)._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not ops.torch_has_bf16()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -52,7 +51,6 @@ def packed(model: nn.Module, besides: Collection[nn.Module] = ()) -> Iterator[No
             del layer.forward
 
 
-@cache
 def is_ours(dtype: torch.dtype) -> bool:
     """Whether weights of this type are packed for our own product."""
     return ops.has_tiles(dtype) or (ops.has_product(dtype) and not (dtype == torch.bfloat16 and available()))
@@ -63,7 +61,7 @@ def available() -> bool:
     known = cast(Any, torch.ops.mkldnn)
     if not torch.backends.mkldnn.is_available() or not all(hasattr(known, name) for name in NEEDED):
         return False
-    return known._is_mkldnn_bf16_supported() and not known._is_mkldnn_acl_supported()
+    return ops.torch_has_bf16() and not known._is_mkldnn_acl_supported()
 
 
 class Product:
@@ -155,7 +153,7 @@ def _pays(weight: Tensor) -> bool:
 
 
 def _is_ours(weight: Tensor) -> bool:
-    return weight.numel() > TINY and is_ours(weight.dtype) and ops.fits(weight)
+    return weight.numel() > TINY and ops.fits(weight) and is_ours(weight.dtype)
 
 
 def _suits_onednn(weight: Tensor) -> bool:

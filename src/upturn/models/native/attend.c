@@ -16,6 +16,7 @@
 #include "vectors.h"
 
 enum { ROWS = 16, STEP = 32 };
+_Static_assert(STEP % STRIP == 0, "blocks of keys end where slots may");
 
 static inline int on_tiles(void) {
 #ifdef TILES
@@ -46,15 +47,16 @@ typedef struct {
     int rows;
     int64_t width, first, last; /* places asked, multiples of STEP */
     float *scores, *sums;       /* [ROWS, last - first], [ROWS, width] */
-    real *q, *weights;          /* the same the other way around, on tiles */
-    float *wide;                /* q on vectors, where the scores become weights in their place */
+    real *q, *weights;          /* [ROWS, width], [ROWS, last - first]: on tiles */
+    float *wide;                /* q on vectors, where scores become weights in their place */
 } block;
 
-/* All rows of x [rows, depth] times a strip of columns, lines `step` apart. */
-static void by_strip(int rows, int64_t depth, const float *x, const real *strip, int64_t step, float *out, int64_t stride) {
+/* All rows of x [rows, depth] times a strip of columns; see `rows_by_strip`. */
+static void by_strip(int rows, int64_t place, int64_t depth, const float *x, const real *strip, int64_t step, float *out,
+                     int64_t stride) {
     for (int r = 0; r < rows; r += TALL)
-        rows_by_strip(rows - r < TALL ? rows - r : TALL, depth, x + r * depth, depth, 1, strip, step, out + r * stride,
-                      stride);
+        rows_by_strip(rows - r < TALL ? rows - r : TALL, place, depth, x + r * depth, depth, 1, strip, step,
+                      out + r * stride, stride);
 }
 
 static void scores_of(const block *b, const real *keys) {
@@ -74,7 +76,7 @@ static void scores_of(const block *b, const real *keys) {
     }
 #endif
     for (int64_t t = 0; t < span; t += STRIP)
-        by_strip(b->rows, b->width, b->wide, keys + t * b->width, STRIP, b->scores + t, span);
+        by_strip(b->rows, 0, b->width, b->wide, keys + t * b->width, STRIP, b->scores + t, span);
 }
 
 static void mix_of(const block *b, const real *values) {
@@ -97,7 +99,7 @@ static void mix_of(const block *b, const real *values) {
     }
 #endif
     for (int64_t j = 0; j < b->width; j += STRIP)
-        by_strip(b->rows, span, b->scores, values + j, b->width, b->sums + j, b->width);
+        by_strip(b->rows, b->first, span, b->scores, values + j, b->width, b->sums + j, b->width);
 }
 
 /* All ones in the lanes of places from `low` up to `high`, the first lane being place t. */
@@ -112,14 +114,14 @@ static inline lanes between_places(int64_t t, int64_t low, int64_t high) {
  * `high`, 0 elsewhere. Returns 1 by their sum. */
 static inline float weigh(float *scores, int64_t span, int64_t low, int64_t high, float scale, float cap, real *weights) {
     int64_t from = low / LANES * LANES, to = (high + LANES - 1) / LANES * LANES;
-    vec top = (vec){0} - 3e38f, all = {0};
+    vec top = every(-3e38f), all = {0};
     for (int64_t t = from; t < to; t += LANES) {
         vec x = load_floats(scores + t) * scale;
         if (cap > 0)
             for (int i = 0; i < LANES; i++) x[i] = cap * tanhf(x[i] / cap);
         if (t < low || t + LANES > high) {
             lanes seen = between_places(t, low, high);
-            x = chosen(seen, x, (vec){0} - 3e38f);
+            x = chosen(seen, x, every(-3e38f));
         }
         memcpy(scores + t, &x, sizeof x);
         top = greater(x, top);
@@ -163,7 +165,7 @@ int attend(int64_t n, const run *runs, int64_t heads, int64_t kv_heads, int64_t 
         for (int64_t row = 0; row < runs[i].count * groups; row += ROWS, at++) task[at][0] = i, task[at][1] = row;
 #pragma omp parallel
     {
-        float *scratch = aligned_alloc(64, (size_t)(ROWS * (2 * most + 3 * width)) * sizeof(float));
+        float *scratch = aligned_alloc(64, (size_t)(2 * ROWS * (most + width)) * sizeof(float));
         if (!scratch) {
 #pragma omp atomic write
             failed = 1;
@@ -182,14 +184,16 @@ int attend(int64_t n, const run *runs, int64_t heads, int64_t kv_heads, int64_t 
             b.last = up(of->place + (begin + b.rows - 1) / groups + 1, STEP);
             int64_t span = b.last - b.first, head = (of->slot * kv_heads + h) * length + b.first;
             b.scores = scratch, b.sums = scratch + ROWS * most;
-            b.wide = b.sums + ROWS * width, b.q = (real *)(b.wide + ROWS * width);
+            b.wide = b.sums + ROWS * width, b.q = (real *)b.wide;
             b.weights = on_tiles() ? b.q + ROWS * width : NULL;
-            memset(b.wide, 0, (size_t)(2 * ROWS * width) * sizeof(float));
+            memset(b.wide, 0, (size_t)(ROWS * width) * sizeof(float));
             for (int r = 0; r < b.rows; r++) {
                 int64_t token = of->flat + (begin + r) / groups, g = (begin + r) % groups;
                 const real *from = q + token * stride + (h * groups + g) * d;
-                memcpy(b.q + r * width, from, (size_t)d * sizeof(real));
-                for (int64_t j = 0; b.weights == NULL && j < d; j++) b.wide[r * width + j] = load(from[j]);
+                if (b.weights)
+                    memcpy(b.q + r * width, from, (size_t)d * sizeof(real));
+                else
+                    for (int64_t j = 0; j < d; j++) b.wide[r * width + j] = load(from[j]);
             }
             scores_of(&b, keys + head * width);
             float share[ROWS];

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upturn.models.native import build
+from upturn.models.native import build, ops
 
 _SIGNATURES = {
     "norm_back": "iiiii" + "ppf" + "pppp" + "i",
@@ -156,7 +156,7 @@ def add_product_(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 def bmm(x: Tensor, y: Tensor, *, out: Tensor | None = None) -> Tensor:
     """`x @ y`, `[B, m, d], [B, d, n] -> [B, m, n]`, for many small products."""
-    if x.dtype != torch.bfloat16 or not has_matmul(x.dtype):
+    if not has_matmul(x.dtype):
         return torch.bmm(x, y, out=out)
     found = torch.bmm(x.float(), y.float())
     return found.to(x.dtype) if out is None else out.copy_(found)
@@ -165,12 +165,13 @@ def bmm(x: Tensor, y: Tensor, *, out: Tensor | None = None) -> Tensor:
 @cache
 def has_matmul(dtype: torch.dtype) -> bool:
     """Whether our own products of numbers of this type are faster than torch's here."""
-    return bool(_library(dtype).has_matmul())
+    return bool(_library(dtype).has_matmul()) and not ops.torch_has_bf16()
 
 
 def _matmul(x: Tensor, y: Tensor, bias: Tensor | None, out: Tensor, *, adds: bool) -> None:
-    if out.stride(1) != 1:
-        raise ValueError(f"a product goes into rows in one piece, not strides of {out.stride()}")
+    fit = x.shape[1] == len(y) and out.shape == (len(x), y.shape[1]) and (bias is None or bias.shape == out.shape[1:])
+    if not fit or out.stride(1) != 1 or {part.dtype for part in (x, y, out)} != {x.dtype}:
+        raise ValueError(f"a product of {x.shape} and {y.shape} into {out.shape}, strides {out.stride()}")
     added = None if bias is None else bias.data_ptr()
     args = (x.data_ptr(), *x.stride(), y.data_ptr(), *y.stride(), added, int(adds), out.data_ptr(), out.stride(0))
     if _library(x.dtype).matmul(len(x), y.shape[1], x.shape[1], *args):

@@ -1,10 +1,10 @@
-/* Products of a training in bfloat16 for processors that have no instruction for them (AVX2 and no more): torch takes
- * ten times as long there. Numbers become floats on the way into registers.
+/* Products of a training in bfloat16 for processors that have no instruction for them (most with AVX2 and no more): torch
+ * takes ten times as long there. Numbers become floats on the way into registers.
  */
 #include "vectors.h"
 
-#if defined BF16 && defined __AVX2__ && !defined __AVX512F__
-enum { HELD = 1 << 18 };
+#if defined BF16 && defined __AVX2__
+enum { HELD = 1 << 18, PACKED = 1 << 22 };
 
 int has_matmul(void) { return 1; }
 
@@ -23,28 +23,35 @@ static inline void put(int64_t some, const float *sums, const real *bias, int ad
 int matmul(int64_t m, int64_t n, int64_t depth, const real *x, int64_t x_row, int64_t x_column, const real *y,
            int64_t y_row, int64_t y_column, const real *bias, int64_t adds, real *out, int64_t out_row) {
     int64_t blocks = (m + TALL - 1) / TALL, strips = (n + STRIP - 1) / STRIP, size = depth * TALL;
-    int64_t parts = blocks * size * 4 / HELD + 1; /* of so many rows each that they stay near */
-    parts = parts < blocks ? parts : blocks;
-    float *left = aligned_alloc(64, (size_t)up(blocks * size * 4 + 1, 64));
+    int64_t most = PACKED / (size * 4 + 1) + 1; /* blocks that are packed at a time */
+    most = most < blocks ? most : blocks;
+    float *left = aligned_alloc(64, (size_t)up(most * size * 4 + 1, 64));
     real *right = aligned_alloc(64, (size_t)up(strips * depth * STRIP * (int64_t)sizeof(real) + 1, 64));
     if (left && right) {
 #pragma omp parallel if (m * n * depth > 65536)
         {
             float sums[TALL * STRIP] __attribute__((aligned(64)));
-#pragma omp for schedule(static) nowait
-            for (int64_t b = 0; b < blocks; b++) pack_block(m, depth, b * TALL, x, x_row, x_column, left + b * size);
 #pragma omp for schedule(static)
             for (int64_t s = 0; s < strips; s++)
                 pack_strip(n, depth, s * STRIP, y, y_row, y_column, right + s * depth * STRIP);
+            for (int64_t first = 0; first < blocks; first += most) {
+                int64_t here = blocks - first < most ? blocks - first : most;
+                int64_t parts = here * size * 4 / HELD + 1; /* of so many rows each that they stay near */
+                parts = parts < here ? parts : here;
 #pragma omp for schedule(static)
-            for (int64_t task = 0; task < parts * strips; task++) {
-                int64_t p = task / strips, s = task % strips, some = n - s * STRIP < STRIP ? n - s * STRIP : STRIP;
-                for (int64_t b = p * blocks / parts; b < (p + 1) * blocks / parts; b++) {
-                    int rows = m - b * TALL < TALL ? (int)(m - b * TALL) : TALL;
-                    block_by_strip(rows, depth, left + b * size, right + s * depth * STRIP, sums, STRIP);
-                    for (int r = 0; r < rows; r++)
-                        put(some, sums + r * STRIP, bias ? bias + s * STRIP : NULL, (int)adds,
-                            out + (b * TALL + r) * out_row + s * STRIP);
+                for (int64_t b = 0; b < here; b++)
+                    pack_block(m, depth, (first + b) * TALL, x, x_row, x_column, left + b * size);
+#pragma omp for schedule(static)
+                for (int64_t task = 0; task < parts * strips; task++) {
+                    int64_t p = task / strips, s = task % strips, some = n - s * STRIP < STRIP ? n - s * STRIP : STRIP;
+                    for (int64_t b = p * here / parts; b < (p + 1) * here / parts; b++) {
+                        int64_t row = (first + b) * TALL;
+                        int rows = m - row < TALL ? (int)(m - row) : TALL;
+                        block_by_strip(rows, depth, left + b * size, right + s * depth * STRIP, sums, STRIP);
+                        for (int r = 0; r < rows; r++)
+                            put(some, sums + r * STRIP, bias ? bias + s * STRIP : NULL, (int)adds,
+                                out + (row + r) * out_row + s * STRIP);
+                    }
                 }
             }
         }

@@ -134,6 +134,14 @@ def has_tiles(dtype: torch.dtype) -> bool:
 
 
 @cache
+def torch_has_bf16() -> bool:
+    """Whether torch multiplies bfloat16 by instructions of this processor; else it takes ten times as long."""
+    known: Any = torch.ops.mkldnn
+    is_asked = torch.backends.mkldnn.is_available() and hasattr(known, "_is_mkldnn_bf16_supported")
+    return is_asked and bool(known._is_mkldnn_bf16_supported())
+
+
+@cache
 def has_product(dtype: torch.dtype) -> bool:
     """Whether `product` takes numbers of this type here: on tiles, or on vectors (AVX2 or AVX-512)."""
     library = _library(dtype)

@@ -139,7 +139,7 @@ void pack(int64_t rows, int64_t depth, const real *weight, real *panels) {
         pack_strip(rows, depth, first, weight, 1, depth, panels + first * depth);
 }
 
-/* See above; of any depth. */
+/* x [n, depth] times the weight [rows, depth] that was packed, as on tiles. */
 int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *panels, const real *bias, int64_t gated,
             real *out) {
     int64_t blocks = (n + TALL - 1) / TALL, count = (rows + PANEL - 1) / PANEL, size = depth * TALL;

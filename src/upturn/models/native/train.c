@@ -6,13 +6,6 @@
 #define _GNU_SOURCE /* memrchr */
 #include "vec.h"
 
-static inline vec load_some_floats(const float *x, int64_t some) {
-    if (some >= LANES) return load_floats(x);
-    vec out = {0};
-    for (int64_t i = 0; i < some; i++) out[i] = x[i];
-    return out;
-}
-
 /* The first `some` sums get more. */
 static inline void add_some(float *sums, vec more, int64_t some) {
     if (some >= LANES) {
@@ -155,7 +148,7 @@ static inline void softmax(int64_t keys, const real *scores, const uint8_t *seen
     }
     float most = greatest(top);
     for (int64_t j = 0; j < keys; j += LANES) {
-        vec x = load_floats(row + j), e = (vec)((lanes)exp_vec(x - most) & (x > -1e38f));
+        vec e = (vec)((lanes)exp_vec(load_floats(row + j) - most) & seen_lanes(seen + j, keys - j));
         sum += e;
         memcpy(row + j, &e, sizeof e);
     }

@@ -1,9 +1,6 @@
 /* As many numbers at once as a register holds, of both types: loads, stores, and the exponential. */
 #pragma once
 #include "real.h"
-#if defined __AVX2__ && !defined __AVX512F__
-#include <immintrin.h>
-#endif
 
 /* Longer vectors than registers would do anywhere, but compilers keep them in memory. */
 #ifdef __AVX512F__
@@ -111,7 +108,7 @@ static inline float greatest(vec x) {
 static inline vec greater(vec x, vec y) { return chosen(x > y, x, y); }
 
 static inline vec between(vec x, float least, float most) {
-    vec low = (vec){0} + least, high = (vec){0} + most;
+    vec low = every(least), high = every(most);
     return chosen(x < low, low, chosen(x > high, high, x));
 }
 
@@ -139,7 +136,14 @@ static inline vec load_some(const real *x, int64_t some) {
     return load_vec(row);
 }
 
-/* The same with the least of numbers behind them. */
+static inline vec load_some_floats(const float *x, int64_t some) {
+    if (some >= LANES) return load_floats(x);
+    vec out = {0};
+    for (int64_t i = 0; i < some; i++) out[i] = x[i];
+    return out;
+}
+
+/* The first numbers of a row, and the least of numbers behind them. */
 static inline vec load_below(const real *x, int64_t some) {
     vec out = load_some(x, some);
     for (int64_t i = some; i < LANES; i++) out[i] = -3e38f;

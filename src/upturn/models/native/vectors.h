@@ -29,6 +29,7 @@ static inline void pack_strip(int64_t n, int64_t depth, int64_t first, const rea
                               real *strip) {
     enum { NEAR = 32 }; /* so that a few lines are read and written at a time */
     int64_t some = n - first < STRIP ? n - first : STRIP;
+    if (some < 0) some = 0;
     y += first * column;
     if (some < STRIP) memset(strip, 0, (size_t)(depth * STRIP) * sizeof(real));
     if (column == 1) {
@@ -79,12 +80,15 @@ static inline void put_sum(float *to, vec x, int64_t from) {
     } break;
 
 /* Up to 6 rows of x (number j of row i at i * row + j * column) times a strip with lines `step` apart -> sums, rows
- * `stride` apart. Each is summed in one order, so no row depends on the others; in parts, since long sums round badly. */
-static inline __attribute__((always_inline)) void rows_by_strip(int rows, int64_t depth, const float *x, int64_t row,
-                                                                int64_t column, const real *strip, int64_t step,
-                                                                float *sums, int64_t stride) {
-    for (int64_t from = 0, to; from == 0 || from < depth; from = to) {
-        to = depth - from < PART ? depth : from + PART;
+ * `stride` apart. Each is summed in one order, so no row depends on the others; in parts, since long sums round badly.
+ * Parts end where `place`, that of the first number, says: so it does not matter where a sum begins with zeros. */
+static inline __attribute__((always_inline)) void rows_by_strip(int rows, int64_t place, int64_t depth, const float *x,
+                                                                int64_t row, int64_t column, const real *strip,
+                                                                int64_t step, float *sums, int64_t stride) {
+    int64_t from = 0, to;
+    do {
+        to = from + PART - (place + from) % PART;
+        to = to < depth ? to : depth;
         switch (rows) {
             CASE_OF_ROWS(1)
             CASE_OF_ROWS(2)
@@ -93,11 +97,11 @@ static inline __attribute__((always_inline)) void rows_by_strip(int rows, int64_
             CASE_OF_ROWS(5)
             CASE_OF_ROWS(6)
         }
-    }
+    } while ((from = to) < depth);
 }
 
 /* The first `rows` rows of a block times a packed strip. */
 static inline void block_by_strip(int rows, int64_t depth, const float *block, const real *strip, float *sums,
                                   int64_t stride) {
-    rows_by_strip(rows, depth, block, 1, TALL, strip, STRIP, sums, stride);
+    rows_by_strip(rows, 0, depth, block, 1, TALL, strip, STRIP, sums, stride);
 }
