@@ -198,7 +198,7 @@ def test_gemma_keeps_its_forward():
 
 
 @needs_kernels
-def test_a_first_short_context_is_not_kept_waiting(monkeypatch):
+def test_a_first_short_context_is_not_kept_waiting(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(packed, "is_ours", lambda dtype: False)
     model = made("llama", torch.float32)
     ids = torch.arange(fused.SHORT + 1) % 100

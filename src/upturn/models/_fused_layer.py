@@ -66,10 +66,10 @@ class _Around:
 class Fused:
     """The forward of one layer."""
 
-    __slots__ = ("_eps", "_how", "_keeps_gates", "_layer", "_weights", "_width", "piece")
+    __slots__ = ("_eps", "_how", "_layer", "_weights", "_width", "keeps_gates", "piece")
 
-    def __init__(self, layer: Any, how: How, *, keeps_gates: bool) -> None:
-        self._layer, self._keeps_gates = layer, keeps_gates
+    def __init__(self, layer: Any, how: How) -> None:
+        self._layer, self.keeps_gates = layer, True
         a, mlp = layer.self_attn, layer.mlp
         norms = [getattr(a, name, None) for name in ("q_norm", "k_norm")]
         before, after = layer.input_layernorm, layer.post_attention_layernorm
@@ -91,16 +91,20 @@ class Fused:
         """What the layer keeps of so many tokens, tensor by tensor."""
         w = self._weights
         heads, raw = len(w.q) + len(w.k) + len(w.v), 0 if w.q_norm is None else len(w.q) + len(w.k)
-        gates = 2 * len(w.gate) if self._keeps_gates else 0
-        widths = (heads, raw, w.o.shape[1], len(w.o), gates, len(w.down))
-        return [tokens * width * w.q.element_size() for width in widths]
+        widths = (heads, raw, w.o.shape[1], len(w.o), len(w.down))
+        each = [tokens * width * w.q.element_size() for width in widths]
+        return [*each, self.gates_bytes(tokens)] if self.keeps_gates else each
+
+    def gates_bytes(self, tokens: int) -> int:
+        """What the inputs of the gate take."""
+        return 2 * tokens * len(self._weights.gate) * self._weights.gate.element_size()
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not fused.is_usual(self._layer, hidden_states, kwargs):
             return fused.plain(self._layer, hidden_states, *args, **kwargs)
         cos, sin = kwargs["position_embeddings"]
         around = _Around(
-            cos[0], sin[0], kwargs["upturn_plan"], self._how, self._eps, self._width, self._keeps_gates, self.piece
+            cos[0], sin[0], kwargs["upturn_plan"], self._how, self._eps, self._width, self.keeps_gates, self.piece
         )
         out = _Layer.apply(hidden_states[0], around, *self._weights)
         self.piece.close()

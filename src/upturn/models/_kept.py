@@ -29,7 +29,7 @@ class Piece:
         if self._memory is None or self._taken + size > len(self._memory):
             return like.new_empty(shape)
         part = self._memory[self._taken : self._taken + size]
-        self._taken += -(-size // STEP) * STEP
+        self._taken += _room(size)
         return part.view(like.dtype).view(shape)
 
     def close(self) -> None:
@@ -39,4 +39,9 @@ class Piece:
 
 def pieces(sizes: Sequence[Sequence[int]]) -> list[Piece]:
     """For each layer one that has room for tensors of so many bytes."""
-    return [Piece(torch.empty(sum(-(-size // STEP) * STEP for size in layer), dtype=torch.uint8)) for layer in sizes]
+    return [Piece(torch.empty(sum(map(_room, layer)), dtype=torch.uint8)) for layer in sizes]
+
+
+def _room(size: int) -> int:
+    """Bytes that a tensor of so many takes with what is left free behind it."""
+    return -(-size // STEP) * STEP

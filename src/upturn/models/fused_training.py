@@ -8,7 +8,7 @@ holds and a twelfth of a step. Either way gives the same bits. Every weight stay
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -40,8 +40,10 @@ def fused_training(model: nn.Module, plan: TreePlan) -> Iterator[None]:
     layers: list[Any] = [*known]
     _slow.tell(model, (layer for layer in fused.layers_of(model) or [model] if layer not in known))
     tokens = len(plan.tree.ids_T)
-    keeps_gates = SHARE_OF_FREE * _gates_bytes(layers, tokens) <= _memory.free()
-    made = [Fused(layer, known[layer], keeps_gates=keeps_gates) for layer in layers]
+    made = [Fused(layer, known[layer]) for layer in layers]
+    keeps_gates = SHARE_OF_FREE * sum(one.gates_bytes(tokens) for one in made) <= _memory.free()
+    for one in made:
+        one.keeps_gates = keeps_gates
     if torch.is_grad_enabled():
         for one, piece in zip(made, _kept.pieces([one.kept_bytes(tokens) for one in made]), strict=True):
             one.piece = piece
@@ -52,12 +54,6 @@ def fused_training(model: nn.Module, plan: TreePlan) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
-
-
-def _gates_bytes(layers: Iterable[Any], tokens: int) -> int:
-    """What the inputs of all gates take."""
-    weights: list[Tensor] = [layer.mlp.gate_proj.weight for layer in layers]
-    return sum(2 * tokens * len(weight) * weight.element_size() for weight in weights)
 
 
 def _fusable(layer: nn.Module) -> How | None:
@@ -85,9 +81,9 @@ def _computes_the_same(layer: nn.Module) -> How | None:
             return None
         plan = TreePlan(trees.build([Sample((0,), (1, 2)), Sample((0,), (3, 4))]), flex=False)
         plain = _learnt(exact, partial(fused.plain, exact), plan)
-        same = _learnt(exact, Fused(exact, how, keeps_gates=True), plan)
+        same = _learnt(exact, Fused(exact, how), plan)
         is_exact = next(layer.parameters()).dtype == torch.float32
-        own = same if is_exact else _learnt(layer, Fused(layer, how, keeps_gates=True), plan)
+        own = same if is_exact else _learnt(layer, Fused(layer, how), plan)
     if not plain or not same or not own or not all(map(fused.close, plain, same)):
         return None
     return how if all(map(_near, same, own)) else None

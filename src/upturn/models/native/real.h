@@ -37,6 +37,3 @@ static inline real store(float x) { return x; }
 
 /* To a multiple of `step`. */
 static inline int64_t up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-
-/* What is left of x after it was kept as a `real`. */
-static inline float kept(float x) { return load(store(x)); }
