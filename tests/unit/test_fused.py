@@ -24,7 +24,7 @@ from transformers import (
 from upturn.engines import local, sampling
 from upturn.engines._slots import Slots, Span, StepPlan
 from upturn.errors import ModelError
-from upturn.models import _slow, chat, fused, load, packed, policy
+from upturn.models import _slow, chat, fused, load, policy
 from upturn.models.native import ops
 from upturn.strategies import chain
 from upturn.types import Attempt, Prompt, Requests
@@ -199,7 +199,7 @@ def test_gemma_keeps_its_forward():
 
 @needs_kernels
 def test_a_first_short_context_is_not_kept_waiting(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(packed, "is_ours", lambda dtype: False)
+    monkeypatch.setattr(ops, "has_product", lambda dtype: False)
     model = made("llama", torch.float32)
     ids = torch.arange(fused.SHORT + 1) % 100
     with torch.inference_mode(), fused.fused(model):
@@ -286,7 +286,7 @@ def test_heads_that_the_config_did_not_promise_are_refused():
             StepPlan(slots, [Span(0, 0, 4, 1)]).attend(0, q, k, v, how)
 
 
-@pytest.mark.parametrize("dtype", [dtype for dtype in (torch.bfloat16, torch.float32) if packed.is_ours(dtype)])
+@pytest.mark.parametrize("dtype", [dtype for dtype in (torch.bfloat16, torch.float32) if ops.has_product(dtype)])
 @pytest.mark.parametrize("family", [*FAMILIES, "smollm3"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_with_our_own_products_drafts_are_the_same_in_any_batch(

@@ -247,9 +247,11 @@ def test_attention_without_matrix_tiles(flags: tuple[str, ...], monkeypatch: pyt
 @needs_kernels
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of one family of processors")
-def test_products_without_instructions_for_bfloat16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+@pytest.mark.parametrize("flag", ["-mno-amx-tile", "-mno-avx512bf16", "-march=haswell"])
+def test_products_on_vectors(flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """With instructions for bfloat16 where there are some, and without them."""
     monkeypatch.setenv("UPTURN_CACHE", str(tmp_path))
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-march=haswell"))
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, flag))
     monkeypatch.setattr(ops, "torch_has_bf16", lambda: False)
     assert ops.has_product(torch.bfloat16) and not ops.has_tiles(torch.bfloat16)
     for rows, out, width in [(1, 32, 32), (4, 100, 64), (70, 40, 1536)]:

@@ -55,6 +55,11 @@ def loaded(tiny_model: Path) -> load.Loaded:
 
 
 @pytest.fixture
+def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "has_product", lambda dtype: False)
+
+
+@pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "PATIENCE", 0)
 
@@ -80,7 +85,7 @@ def both(layer: nn.Module, *inputs: torch.Tensor) -> tuple[list[torch.Tensor], l
             return plain, [layer(x) for x in inputs]
 
 
-@pytest.mark.skipif(not (packed.available() or packed.is_ours(torch.bfloat16)), reason="nothing packs weights here")
+@pytest.mark.skipif(not (packed.available() or ops.has_product(torch.bfloat16)), reason="nothing packs weights here")
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 7, 64, 300])
@@ -100,7 +105,7 @@ def test_a_packed_layer_computes_the_same(rows: int, bias: bool):
 
 @same_bits
 @only_where_packed
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("at_once", "by_onednn")
 @pytest.mark.parametrize("rows", [1, 2, 3, 64])
 def test_a_packed_layer_rounds_the_same(rows: int):
     torch.manual_seed(0)
@@ -110,12 +115,11 @@ def test_a_packed_layer_rounds_the_same(rows: int):
 
 @same_bits
 @only_where_packed
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("at_once", "by_onednn")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_drafts_are_the_same_to_the_bit(loaded: load.Loaded, family: str, monkeypatch: pytest.MonkeyPatch):
     loaded.model = made(family)
     ours = drafts_of(engine_of(loaded))
-    monkeypatch.setattr(packed, "is_ours", lambda dtype: False)
     monkeypatch.setattr(packed, "available", lambda: False)
     assert ours == drafts_of(engine_of(loaded))
 
@@ -127,7 +131,7 @@ def test_the_model_is_as_it_was_after_a_run(loaded: load.Loaded, tmp_path: Path)
     seen: list[int] = []
     rule = partial(chain.generate, cfg=chain.Config(turns=2))
     engine.run(PROMPTS, rule, lambda _: seen.append(len(own_forwards(loaded.model))))
-    assert max(seen) >= (1 if packed.available() or packed.is_ours(torch.bfloat16) else 0)
+    assert max(seen) >= (1 if packed.available() or ops.has_product(torch.bfloat16) else 0)
     assert own_forwards(loaded.model) == []
     after = loaded.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -183,8 +187,8 @@ def test_only_plain_layers_are_packed():
 
 
 @only_where_packed
-def test_weights_are_packed_once_and_only_when_that_pays(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(packed, "is_ours", lambda dtype: False)
+@pytest.mark.usefixtures("by_onednn")
+def test_weights_are_packed_once_and_only_when_that_pays():
     layer, x = nn.Linear(80, 80, dtype=torch.bfloat16), torch.ones(1, 80, dtype=torch.bfloat16)
     held = []
     with torch.inference_mode(), packed.packed(nn.Sequential(layer)):

@@ -31,7 +31,7 @@ from upturn.engines._propose import Copying, Proposer
 from upturn.engines._requests import Request, Slot, shared
 from upturn.engines._slots import BEGIN, Slots, Span, StepPlan
 from upturn.errors import DataError
-from upturn.models import packed, policy
+from upturn.models import policy
 from upturn.models.chat import Chat
 from upturn.models.fused import fused
 from upturn.models.native import ops
@@ -101,7 +101,7 @@ class Local:
         self._queue: list[Request] = []
         self._on_draft = on_draft
         own = "tiles" if ops.has_tiles(like.dtype) else "vectors"
-        kind = own if self._cache.native and packed.is_ours(like.dtype) else self.device.type
+        kind = own if self._cache.native and ops.has_product(like.dtype) else self.device.type
         self._proposer = Proposer(_propose.COSTS.get(kind, _propose.NO_SAVING))
         waiting = list(enumerate(prompts))[::-1]
         live: dict[int, asyncio.Task[list[Draft]]] = {}

@@ -70,7 +70,7 @@ class _Maybe:
         is_first, self._is_new = self._is_new, False
         if not is_usual(self._layer, hidden_states, kwargs):
             return plain(self._layer, hidden_states, *args, **kwargs)
-        waits = is_first and hidden_states.shape[1] <= SHORT and not packed.is_ours(hidden_states.dtype)
+        waits = is_first and hidden_states.shape[1] <= SHORT and not ops.has_product(hidden_states.dtype)
         if self._fused is None and not waits:
             how = _fusable(self._layer)
             self._fused = _Fused(self._layer, how) if how else None
@@ -178,7 +178,7 @@ def is_common(layer: nn.Module) -> bool:
 def _may_fuse(layer: nn.Module) -> bool:
     """Whether a common layer is fusable, as far as that is known. With our own product it is tried at once: a layer
     must not compute in one way in the first run of a process and in another one in the next."""
-    if packed.is_ours(next(layer.parameters()).dtype):
+    if ops.has_product(next(layer.parameters()).dtype):
         return _fusable(layer) is not None
     return _SEEN.get(layer, True) is not None
 

@@ -1,9 +1,9 @@
 """Linear layers over packed weights, for the time of a generation on a CPU.
 
-Our own product takes them (`native/product.c`) where it is the fastest, and a row's result never depends on its
-neighbours there. On matrix tiles (AMX) it is twice as fast as oneDNN's with few rows, 1.2 times with hundreds. On
-vectors it is 3 times as fast as torch's in float32 with 1 to 16 rows, 2 times with 64; with bfloat16 weights and no
-instruction for them (AVX2) as fast as that, where torch takes 8 times as long. Elsewhere oneDNN's does.
+Our own product takes them (`native/product.c`) where it was compiled, and a row's result never depends on its
+neighbours there. In bfloat16 it is twice as fast as oneDNN's with few rows and 1.0 to 1.2 times with hundreds, on
+matrix tiles (AMX) and with AVX-512's instructions for bfloat16; without either 2.5 to 8 times. In float32 it is 3 times
+as fast as torch's with 1 to 16 rows, 2 times with 64. Elsewhere oneDNN's takes bfloat16.
 
 oneDNN brings a plain bfloat16 weight into blocks before it multiplies, anew in every call. Weights that lie in blocks
 already save that: 1.8 times as fast at one row, 1.2 times at 64, 1.1 times at thousands (AMD EPYC with avx512_bf16, one
@@ -51,17 +51,12 @@ def packed(model: nn.Module, besides: Collection[nn.Module] = ()) -> Iterator[No
             del layer.forward
 
 
-def is_ours(dtype: torch.dtype) -> bool:
-    """Whether weights of this type are packed for our own product."""
-    return ops.has_tiles(dtype) or (ops.has_product(dtype) and not (dtype == torch.bfloat16 and available()))
-
-
 def available() -> bool:
     """Whether this CPU and this build of torch multiply packed bfloat16 weights."""
     known = cast(Any, torch.ops.mkldnn)
     if not torch.backends.mkldnn.is_available() or not all(hasattr(known, name) for name in NEEDED):
         return False
-    return ops.torch_has_bf16() and not known._is_mkldnn_acl_supported()
+    return known._is_mkldnn_bf16_supported() and not known._is_mkldnn_acl_supported()
 
 
 class Product:
@@ -153,7 +148,7 @@ def _pays(weight: Tensor) -> bool:
 
 
 def _is_ours(weight: Tensor) -> bool:
-    return weight.numel() > TINY and ops.fits(weight) and is_ours(weight.dtype)
+    return weight.numel() > TINY and ops.fits(weight)
 
 
 def _suits_onednn(weight: Tensor) -> bool:

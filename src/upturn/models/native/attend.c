@@ -55,7 +55,7 @@ typedef struct {
 static void by_strip(int rows, int64_t place, int64_t depth, const float *x, const real *strip, int64_t step, float *out,
                      int64_t stride) {
     for (int r = 0; r < rows; r += TALL)
-        rows_by_strip(rows - r < TALL ? rows - r : TALL, place, depth, x + r * depth, depth, 1, strip, step,
+        rows_by_strip(rows - r < TALL ? rows - r : TALL, place, depth, x + r * depth, depth, strip, step,
                       out + r * stride, stride);
 }
 

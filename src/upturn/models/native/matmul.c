@@ -22,21 +22,22 @@ static inline void put(int64_t some, const float *sums, const real *bias, int ad
  * is at i * x_row + j * x_column, and so on; rows of out are `out_row` apart. Returns 1 where memory is short. */
 int matmul(int64_t m, int64_t n, int64_t depth, const real *x, int64_t x_row, int64_t x_column, const real *y,
            int64_t y_row, int64_t y_column, const real *bias, int64_t adds, real *out, int64_t out_row) {
-    int64_t blocks = (m + TALL - 1) / TALL, strips = (n + STRIP - 1) / STRIP, size = depth * TALL;
-    int64_t most = PACKED / (size * 4 + 1) + 1; /* blocks that are packed at a time */
+    int64_t blocks = (m + TALL - 1) / TALL, strips = (n + STRIP - 1) / STRIP;
+    int64_t size = up(depth, PAIR) * TALL, strip = up(depth, PAIR) * STRIP, bytes = size * (int64_t)sizeof(factor);
+    int64_t most = PACKED / (bytes + 1) + 1; /* blocks that are packed at a time */
     most = most < blocks ? most : blocks;
-    float *left = aligned_alloc(64, (size_t)up(most * size * 4 + 1, 64));
-    real *right = aligned_alloc(64, (size_t)up(strips * depth * STRIP * (int64_t)sizeof(real) + 1, 64));
+    factor *left = aligned_alloc(64, (size_t)up(most * bytes + 1, 64));
+    real *right = aligned_alloc(64, (size_t)up(strips * strip * (int64_t)sizeof(real) + 1, 64));
     if (left && right) {
 #pragma omp parallel if (m * n * depth > 65536)
         {
             float sums[TALL * STRIP] __attribute__((aligned(64)));
 #pragma omp for schedule(static)
             for (int64_t s = 0; s < strips; s++)
-                pack_strip(n, depth, s * STRIP, y, y_row, y_column, right + s * depth * STRIP);
+                pack_strip(n, depth, s * STRIP, y, y_row, y_column, right + s * strip);
             for (int64_t first = 0; first < blocks; first += most) {
                 int64_t here = blocks - first < most ? blocks - first : most;
-                int64_t parts = here * size * 4 / HELD + 1; /* of so many rows each that they stay near */
+                int64_t parts = here * bytes / HELD + 1; /* of so many rows each that they stay near */
                 parts = parts < here ? parts : here;
 #pragma omp for schedule(static)
                 for (int64_t b = 0; b < here; b++)
@@ -47,7 +48,7 @@ int matmul(int64_t m, int64_t n, int64_t depth, const real *x, int64_t x_row, in
                     for (int64_t b = p * here / parts; b < (p + 1) * here / parts; b++) {
                         int64_t row = (first + b) * TALL;
                         int rows = m - row < TALL ? (int)(m - row) : TALL;
-                        block_by_strip(rows, depth, left + b * size, right + s * depth * STRIP, sums, STRIP);
+                        block_by_strip(rows, depth, left + b * size, right + s * strip, sums, STRIP);
                         for (int r = 0; r < rows; r++)
                             put(some, sums + r * STRIP, bias ? bias + s * STRIP : NULL, (int)adds,
                                 out + (row + r) * out_row + s * STRIP);

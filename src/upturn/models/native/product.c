@@ -142,10 +142,11 @@ void pack(int64_t rows, int64_t depth, const real *weight, real *panels) {
 /* x [n, depth] times the weight [rows, depth] that was packed, as on tiles. */
 int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *panels, const real *bias, int64_t gated,
             real *out) {
-    int64_t blocks = (n + TALL - 1) / TALL, count = (rows + PANEL - 1) / PANEL, size = depth * TALL;
-    int64_t parts = blocks * size * 4 / HELD + 1, width = gated ? rows / 2 : rows, step = gated ? SIDE : PANEL;
+    int64_t blocks = (n + TALL - 1) / TALL, count = (rows + PANEL - 1) / PANEL, size = up(depth, PAIR) * TALL;
+    int64_t bytes = blocks * size * (int64_t)sizeof(factor), parts = bytes / HELD + 1;
+    int64_t width = gated ? rows / 2 : rows, step = gated ? SIDE : PANEL;
     parts = parts < blocks ? parts : blocks;
-    float *left = aligned_alloc(64, (size_t)up(blocks * size * 4 + 1, 64));
+    factor *left = aligned_alloc(64, (size_t)up(bytes + 1, 64));
     if (!left) return 1;
 #pragma omp parallel if (n * rows * depth > 65536)
     {

@@ -1,56 +1,86 @@
 /* Products of packed factors on plain vectors, near the peak of processors with AVX2 or AVX-512.
  *
- * A left factor is read as floats, number by number of the depth; a right one lies in strips of columns. Six rows times
- * two vectors of columns keep both multipliers busy: 12 sums, and 3 registers for what comes in.
+ * A left factor is read number by number of the depth, a right one lies in strips of columns. Six rows times two vectors
+ * of columns keep all multipliers busy, with 12 sums and 3 registers for what comes in; twelve rows, where there are so
+ * many registers, read a strip half as often. Numbers become floats on the way, but where there are instructions for
+ * bfloat16 (PAIRS) two of the depth are multiplied at once, and lie side by side.
  */
 #pragma once
 #include "vec.h"
 
-enum { TALL = 6, STRIP = 2 * LANES, PART = 256 };
+#if defined BF16 && defined __AVX512BF16__
+#define PAIRS
+typedef real factor;
+enum { PAIR = 2 };
 
-/* Rows `first` to `first` + 5 of x (number j of row i at i * row + j * column) -> block [depth, 6]; 0 beyond n. */
+static inline factor as_factor(real x) { return x; }
+#else
+typedef float factor;
+enum { PAIR = 1 };
+
+static inline factor as_factor(real x) { return load(x); }
+#endif
+
+#ifdef __AVX512F__
+enum { TALL = 12 };
+#else
+enum { TALL = 6 };
+#endif
+enum { STRIP = 2 * LANES, PART = 256 };
+
+/* Rows `first` to `first` + TALL - 1 of x (number j of row i at i * row + j * column) -> block: part by part of the depth,
+ * and in each row by row, a multiple of PAIR long. What lies beyond n is not written. */
 static inline void pack_block(int64_t n, int64_t depth, int64_t first, const real *x, int64_t row, int64_t column,
-                              float *block) {
+                              factor *block) {
     int64_t some = n - first < TALL ? n - first : TALL;
     x += first * row;
-    if (some < TALL) memset(block, 0, (size_t)(depth * TALL) * sizeof(float));
-    if (row == 1) {
-        for (int64_t j = 0; j < depth; j++)
-            for (int64_t r = 0; r < some; r++) block[j * TALL + r] = load(x[j * column + r]);
-    } else {
-        for (int64_t r = 0; r < some; r++)
-            for (int64_t j = 0; j < depth; j++) block[j * TALL + r] = load(x[r * row + j * column]);
+    for (int64_t from = 0; from < depth; from += PART, block += TALL * PART) {
+        int64_t here = depth - from < PART ? depth - from : PART, wide = up(here, PAIR);
+        if (here < wide) memset(block, 0, (size_t)(TALL * wide) * sizeof(factor));
+        if (row == 1) {
+            for (int64_t j = 0; j < here; j++)
+                for (int64_t r = 0; r < some; r++) block[r * wide + j] = as_factor(x[(from + j) * column + r]);
+        } else if (column == 1) {
+            for (int64_t r = 0; r < some; r++)
+                for (int64_t j = 0; j < here; j++) block[r * wide + j] = as_factor(x[r * row + from + j]);
+        } else {
+            for (int64_t r = 0; r < some; r++)
+                for (int64_t j = 0; j < here; j++) block[r * wide + j] = as_factor(x[r * row + (from + j) * column]);
+        }
     }
 }
 
-/* Columns `first` to `first` + STRIP - 1 of y (number j of column i at i * column + j * row) -> strip [depth, STRIP];
- * 0 beyond n. */
+/* Columns `first` to `first` + STRIP - 1 of y (number j of column i at i * column + j * row) -> strip
+ * [depth / PAIR, STRIP, PAIR]; 0 beyond n and the depth. */
 static inline void pack_strip(int64_t n, int64_t depth, int64_t first, const real *y, int64_t row, int64_t column,
                               real *strip) {
     enum { NEAR = 32 }; /* so that a few lines are read and written at a time */
     int64_t some = n - first < STRIP ? n - first : STRIP;
     if (some < 0) some = 0;
     y += first * column;
-    if (some < STRIP) memset(strip, 0, (size_t)(depth * STRIP) * sizeof(real));
-    if (column == 1) {
+    if (some < STRIP || depth % PAIR) memset(strip, 0, (size_t)(up(depth, PAIR) * STRIP) * sizeof(real));
+    if (column == 1 && PAIR == 1) {
         for (int64_t j = 0; j < depth; j++) memcpy(strip + j * STRIP, y + j * row, (size_t)some * sizeof(real));
     } else {
         for (int64_t from = 0; from < depth; from += NEAR)
             for (int64_t c = 0; c < some; c++)
-                for (int64_t j = from; j < depth && j < from + NEAR; j++) strip[j * STRIP + c] = y[c * column + j * row];
+                for (int64_t j = from; j < depth && j < from + NEAR; j++)
+                    strip[(j / PAIR * STRIP + c) * PAIR + j % PAIR] = y[c * column + j * row];
     }
 }
 
 /* A vector that was read, so that it is not read again in every product. */
-#if defined __x86_64__
+#if defined __AVX512F__
+#define HELD_IN_REGISTER(x) __asm__("" : "+v"(x))
+#elif defined __x86_64__
 #define HELD_IN_REGISTER(x) __asm__("" : "+x"(x))
 #else
 #define HELD_IN_REGISTER(x)
 #endif
 
 /* A sum that begins, or goes on. */
-static inline void put_sum(float *to, vec x, int64_t from) {
-    if (from) x += load_floats(to);
+static inline void put_sum(float *to, vec x, int adds) {
+    if (adds) x += load_floats(to);
     memcpy(to, &x, sizeof x);
 }
 
@@ -61,47 +91,101 @@ static inline void put_sum(float *to, vec x, int64_t from) {
 #define FOR_4(DO) FOR_3(DO) DO(3)
 #define FOR_5(DO) FOR_4(DO) DO(4)
 #define FOR_6(DO) FOR_5(DO) DO(5)
+#define FOR_7(DO) FOR_6(DO) DO(6)
+#define FOR_8(DO) FOR_7(DO) DO(7)
+#define FOR_9(DO) FOR_8(DO) DO(8)
+#define FOR_10(DO) FOR_9(DO) DO(9)
+#define FOR_11(DO) FOR_10(DO) DO(10)
+#define FOR_12(DO) FOR_11(DO) DO(11)
 #define BEGIN_SUMS(R) vec low##R = {0}, high##R = {0};
-#define ADD_TO_SUMS(R)                                                                                                 \
-    {                                                                                                                  \
-        vec one = every(x[R * row + j * column]);                                                                      \
-        low##R += one * left, high##R += one * right;                                                                  \
-    }
-#define PUT_SUMS(R) put_sum(sums + R * stride, low##R, from), put_sum(sums + R * stride + LANES, high##R, from);
-#define CASE_OF_ROWS(N)                                                                                                \
+#define PUT_SUMS(R) put_sum(sums + R * stride, low##R, adds), put_sum(sums + R * stride + LANES, high##R, adds);
+#define CASE_OF_ROWS(N, READ, ADD)                                                                                     \
     case N: {                                                                                                          \
-        FOR_##N(BEGIN_SUMS) for (int64_t j = from; j < to; j++) {                                                      \
-            vec left = load_vec(strip + j * step), right = load_vec(strip + j * step + LANES);                         \
+        FOR_##N(BEGIN_SUMS) for (int64_t j = 0; j < depth; j++) {                                                      \
+            vec left = READ(0), right = READ(1);                                                                       \
             HELD_IN_REGISTER(left);                                                                                    \
             HELD_IN_REGISTER(right);                                                                                   \
-            FOR_##N(ADD_TO_SUMS)                                                                                       \
+            FOR_##N(ADD)                                                                                               \
         }                                                                                                              \
         FOR_##N(PUT_SUMS)                                                                                              \
     } break;
+#define UP_TO_6(READ, ADD)                                                                                             \
+    CASE_OF_ROWS(1, READ, ADD)                                                                                         \
+    CASE_OF_ROWS(2, READ, ADD)                                                                                         \
+    CASE_OF_ROWS(3, READ, ADD)                                                                                         \
+    CASE_OF_ROWS(4, READ, ADD)                                                                                         \
+    CASE_OF_ROWS(5, READ, ADD)                                                                                         \
+    CASE_OF_ROWS(6, READ, ADD)
+#ifdef __AVX512F__
+#define ALL_CASES(READ, ADD)                                                                                           \
+    UP_TO_6(READ, ADD)                                                                                                 \
+    CASE_OF_ROWS(7, READ, ADD)                                                                                         \
+    CASE_OF_ROWS(8, READ, ADD)                                                                                         \
+    CASE_OF_ROWS(9, READ, ADD)                                                                                         \
+    CASE_OF_ROWS(10, READ, ADD)                                                                                        \
+    CASE_OF_ROWS(11, READ, ADD)                                                                                        \
+    CASE_OF_ROWS(12, READ, ADD)
+#else
+#define ALL_CASES(READ, ADD) UP_TO_6(READ, ADD)
+#endif
+#define READ_VEC(I) load_vec(strip + j * step + I * LANES)
+#define ADD_TO_SUMS(R)                                                                                                 \
+    {                                                                                                                  \
+        vec one = every(x[R * row + j]);                                                                               \
+        low##R += one * left, high##R += one * right;                                                                  \
+    }
 
-/* Up to 6 rows of x (number j of row i at i * row + j * column) times a strip with lines `step` apart -> sums, rows
- * `stride` apart. Each is summed in one order, so no row depends on the others; in parts, since long sums round badly.
- * Parts end where `place`, that of the first number, says: so it does not matter where a sum begins with zeros. */
-static inline __attribute__((always_inline)) void rows_by_strip(int rows, int64_t place, int64_t depth, const float *x,
-                                                                int64_t row, int64_t column, const real *strip,
-                                                                int64_t step, float *sums, int64_t stride) {
+/* Up to TALL rows of x, `row` apart, times a strip with lines `step` apart -> sums, rows `stride` apart; or added to them.
+ */
+static inline __attribute__((always_inline)) void part_by_strip(int rows, int64_t depth, const float *x, int64_t row,
+                                                                const real *strip, int64_t step, int adds, float *sums,
+                                                                int64_t stride) {
+    switch (rows) { ALL_CASES(READ_VEC, ADD_TO_SUMS) }
+}
+
+/* The same for any depth. Each row is summed in one order, so none depends on the others; in parts, since long sums
+ * round badly. Parts end where `place`, that of the first number, says: it does not matter where a sum begins with zeros.
+ */
+static inline void rows_by_strip(int rows, int64_t place, int64_t depth, const float *x, int64_t row, const real *strip,
+                                 int64_t step, float *sums, int64_t stride) {
     int64_t from = 0, to;
     do {
         to = from + PART - (place + from) % PART;
         to = to < depth ? to : depth;
-        switch (rows) {
-            CASE_OF_ROWS(1)
-            CASE_OF_ROWS(2)
-            CASE_OF_ROWS(3)
-            CASE_OF_ROWS(4)
-            CASE_OF_ROWS(5)
-            CASE_OF_ROWS(6)
-        }
+        part_by_strip(rows, to - from, x + from, row, strip + from * step, step, from > 0, sums, stride);
     } while ((from = to) < depth);
 }
 
-/* The first `rows` rows of a block times a packed strip. */
-static inline void block_by_strip(int rows, int64_t depth, const float *block, const real *strip, float *sums,
+#ifdef PAIRS
+static inline vec add_pairs(vec sums, __m512i one, vec other) {
+    return (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)one, (__m512bh)other);
+}
+
+#define READ_PAIRS(I) (vec)_mm512_loadu_ps(strip + (2 * j + I) * STRIP)
+#define ADD_PAIRS(R)                                                                                                   \
+    {                                                                                                                  \
+        int32_t pair;                                                                                                  \
+        memcpy(&pair, block + R * row + j * PAIR, sizeof pair);                                                        \
+        __m512i one = _mm512_set1_epi32(pair);                                                                         \
+        low##R = add_pairs(low##R, one, left), high##R = add_pairs(high##R, one, right);                               \
+    }
+
+static inline void pairs_by_strip(int rows, int64_t depth, const factor *block, int64_t row, const real *strip,
+                                  int adds, float *sums, int64_t stride) {
+    switch (rows) { ALL_CASES(READ_PAIRS, ADD_PAIRS) }
+}
+#endif
+
+/* The first `rows` rows of a block times a packed strip, as `rows_by_strip`. */
+static inline void block_by_strip(int rows, int64_t depth, const factor *block, const real *strip, float *sums,
                                   int64_t stride) {
-    rows_by_strip(rows, 0, depth, block, 1, TALL, strip, STRIP, sums, stride);
+    int64_t from = 0;
+    do {
+        int64_t here = depth - from < PART ? depth - from : PART, wide = up(here, PAIR);
+#ifdef PAIRS
+        pairs_by_strip(rows, wide / 2, block + from * TALL, wide, strip + from * STRIP, from > 0, sums, stride);
+#else
+        part_by_strip(rows, here, block + from * TALL, wide, strip + from * STRIP, STRIP, from > 0, sums, stride);
+#endif
+    } while ((from += PART) < depth);
 }
