@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -73,19 +74,48 @@ def test_kernels_and_torch_update_alike_and_read_each_others_files(tmp_path: Pat
         torch.testing.assert_close(a.value(), b.value(), rtol=2e-3, atol=1e-4)
 
 
-@pytest.mark.skipif(not ops.usable(torch.zeros(1, dtype=torch.bfloat16)), reason="no kernels on this machine")
-def test_an_update_reads_a_gradient_of_either_type():
+needs_kernels = pytest.mark.skipif(
+    not ops.usable(torch.zeros(1, dtype=torch.bfloat16)), reason="no kernels on this machine"
+)
+
+
+@needs_kernels
+def test_an_update_reads_gradient_and_first_moment_of_either_type():
     found = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype, first_dtype in product((torch.bfloat16, torch.float32), repeat=2):
         torch.manual_seed(0)
-        weight, grad = torch.randn(9, 600).bfloat16(), torch.randn(9, 600).bfloat16()
-        low, state = torch.zeros_like(weight, dtype=torch.int16), (torch.zeros(9, 600), torch.zeros(9, 600))
-        back.adamw(weight, low, (grad.to(dtype), *state), (0.5, 0.9, 0.99, 1e-8, 0.1, 0.1, 0.999))
-        found.append((weight, low, *state))
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        weight, grad, first = (torch.randn(9, 600).bfloat16() for _ in range(3))
+        low, first, second = torch.zeros_like(weight, dtype=torch.int16), first.to(first_dtype), torch.zeros(9, 600)
+        back.adamw(weight, low, (grad.to(dtype), first, second), (0.5, 0.9, 0.99, 1e-8, 0.1, 0.1, 0.999))
+        found.append((weight, low, first.bfloat16(), second))
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
 
-@pytest.mark.skipif(not ops.usable(torch.zeros(1, dtype=torch.bfloat16)), reason="no kernels on this machine")
+@needs_kernels
+@pytest.mark.parametrize(("beta1", "dtype"), [(0.9, torch.bfloat16), (0.99, torch.float32)])
+def test_a_first_moment_is_as_short_as_rounding_allows(beta1: float, dtype: torch.dtype):
+    cfg = CFG.model_copy(update={"adam_beta1": beta1})
+    assert {first.dtype for first in MasterAdamW(net(torch.bfloat16), cfg).exp_avg} == {dtype}
+    assert {first.dtype for first in MasterAdamW(net(torch.float32), cfg).exp_avg} == {torch.float32}
+    assert {second.dtype for second in MasterAdamW(net(torch.bfloat16), cfg).exp_avg_sq} == {torch.float32}
+
+
+@needs_kernels
+def test_a_short_first_moment_takes_the_same_way(monkeypatch: pytest.MonkeyPatch):
+    """Masters after fifty steps: rounding costs a hundredth of the way."""
+    begun, ways = net(torch.bfloat16), []
+    for most in (0.95, 0.0):
+        monkeypatch.setattr("upturn.training.optimizer.SHORT_BETA1", most)
+        optimizer = MasterAdamW(model := net(torch.bfloat16), CFG)
+        take_steps(model, optimizer, 50)
+        pairs = zip(optimizer.masters, begun.parameters(), strict=True)
+        ways.append(torch.cat([(master.value() - weight.detach().float()).flatten() for master, weight in pairs]))
+    short, long = ways
+    assert float((short - long).norm() / long.norm()) < 0.03
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("size", [1, 4096, 70_001])
 def test_the_norm_of_a_gradient_is_that_of_torch(dtype: torch.dtype, size: int):
@@ -108,7 +138,7 @@ def test_tied_weights_get_both_their_gradients(tiny_model: Path, batches: int):
     torch.testing.assert_close(found, batches * expected)
 
 
-@pytest.mark.skipif(not ops.usable(torch.zeros(1, dtype=torch.bfloat16)), reason="no kernels on this machine")
+@needs_kernels
 def test_halves_keep_a_value_to_the_bit():
     bits = torch.randint(-(2**31), 2**31, (100_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
     values = bits.view(torch.float32)

@@ -31,7 +31,7 @@ _SIGNATURES = {
     "matmul": "iii" + "piipii" + "pipi",
     "squares": "ii" + "ppp",
     "tree_attend": "ip" + "iiii" + "pf" + "pppp",
-    "adamw": "i" + "pppppp" + "fffffff",
+    "adamw": "i" + "pp" + "pp" + "ppp" + "fffffff",
 }
 _ANSWERING = ("masked_softmax", "columns_product", "has_matmul", "matmul", "tree_attend")
 PARTS = 16
@@ -202,20 +202,20 @@ def norm_of(grad: Tensor) -> float:
 
 
 def adamw(weight: Tensor, low: Tensor | None, state: tuple[Tensor, Tensor, Tensor], numbers: tuple[float, ...]) -> None:
-    """One update by the gradient, in fp32 or as the weight, and both moments.
+    """One update by the gradient and the first moment, each in fp32 or as the weight, and the second one, in fp32.
 
     low       int16, the lower half of the fp32 value behind a bf16 weight
     numbers   see train.c
     """
     more = None if low is None else low.data_ptr()
     grad, first, second = state
-    args = (*_by_type(grad), first.data_ptr(), second.data_ptr())
+    args = (*_by_type(grad), *_by_type(first), second.data_ptr())
     _library(weight.dtype).adamw(weight.numel(), weight.data_ptr(), more, *args, *numbers)
 
 
-def _by_type(grad: Tensor) -> tuple[int | None, int | None]:
-    """Where a gradient lies, as those kernels take it that know both types."""
-    return (None, grad.data_ptr()) if grad.dtype == torch.float32 else (grad.data_ptr(), None)
+def _by_type(x: Tensor) -> tuple[int | None, int | None]:
+    """Where numbers lie, as those kernels take them that know both types."""
+    return (None, x.data_ptr()) if x.dtype == torch.float32 else (x.data_ptr(), None)
 
 
 @cache

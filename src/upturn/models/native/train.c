@@ -256,12 +256,11 @@ static inline float joined(real weight, uint16_t low) {
 #endif
 }
 
-/* One number's update by AdamW in float. */
-static inline void update(int64_t i, real *weight, uint16_t *low, float grad, float *m, float *v, float beta1,
-                          float beta2, float eps, float fix, float rate, float decay) {
-    m[i] += (grad - m[i]) * (1.0f - beta1);
+/* One number's update by AdamW in float, `first` being its first moment. */
+static inline void update(int64_t i, real *weight, uint16_t *low, float grad, float first, float *v, float beta2, float eps,
+                          float fix, float rate, float decay) {
     v[i] = v[i] * beta2 + grad * grad * (1.0f - beta2);
-    float value = joined(weight[i], low ? low[i] : 0) * decay - rate * m[i] / (sqrtf(v[i]) / fix + eps);
+    float value = joined(weight[i], low ? low[i] : 0) * decay - rate * first / (sqrtf(v[i]) / fix + eps);
 #ifdef BF16
     uint32_t bits;
     memcpy(&bits, &value, 4);
@@ -272,17 +271,24 @@ static inline void update(int64_t i, real *weight, uint16_t *low, float grad, fl
     weight[i] = store(value);
 }
 
-/* One update by AdamW of n numbers. Their gradient is g, or the sum where it is there, times `factor`; `fix` is the root
- * of the second moment's correction, `rate` the learning rate over the first one's, `decay` what is left of the weight. */
-void adamw(int64_t n, real *weight, uint16_t *low, const real *g, const float *sum, float *m, float *v, float factor,
-           float beta1, float beta2, float eps, float fix, float rate, float decay) {
-    if (sum) {
-#pragma omp parallel for simd schedule(static) if (n > 4096)
-        for (int64_t i = 0; i < n; i++)
-            update(i, weight, low, sum[i] * factor, m, v, beta1, beta2, eps, fix, rate, decay);
-    } else {
-#pragma omp parallel for simd schedule(static) if (n > 4096)
-        for (int64_t i = 0; i < n; i++)
-            update(i, weight, low, load(g[i]) * factor, m, v, beta1, beta2, eps, fix, rate, decay);
+#define UPDATE_ALL(GRADIENT, FIRST, STORE)                                                                             \
+    _Pragma("omp parallel for simd schedule(static) if (n > 4096)") for (int64_t i = 0; i < n; i++) {                  \
+        float grad = (GRADIENT) * factor, first = FIRST + (grad - FIRST) * (1.0f - beta1);                             \
+        STORE;                                                                                                         \
+        update(i, weight, low, grad, first, v, beta2, eps, fix, rate, decay);                                          \
     }
+
+/* One update by AdamW of n numbers. Their gradient is g, or the sum where it is there, times `factor`, and the first moment
+ * lies in short_m, or in m where it is there; `fix` is the root of the second moment's correction, `rate` the learning rate
+ * over the first one's, `decay` what is left of the weight. */
+void adamw(int64_t n, real *weight, uint16_t *low, const real *g, const float *sum, real *short_m, float *m, float *v,
+           float factor, float beta1, float beta2, float eps, float fix, float rate, float decay) {
+    if (sum && m)
+        UPDATE_ALL(sum[i], m[i], m[i] = first)
+    else if (m)
+        UPDATE_ALL(load(g[i]), m[i], m[i] = first)
+    else if (sum)
+        UPDATE_ALL(sum[i], load(short_m[i]), short_m[i] = store(first))
+    else
+        UPDATE_ALL(load(g[i]), load(short_m[i]), short_m[i] = store(first))
 }
