@@ -87,7 +87,7 @@ def train(s: Shape, tokens: int, targets: int, pairs: int) -> Work:
     weights = s.layer_weights + s.head_weights
     moved = weights * 3 * BF16  # read forward, read backward, gradient written
     moved += weights * (BF16 + 2 * FP32)  # gradient summed in fp32
-    moved += weights * (2 * 3 * FP32 + FP32 + BF16)  # master and two moments read and written, sum read, weight written
+    moved += weights * (2 * (FP32 + BF16 + FP32) + FP32)  # master and both moments read and written, sum read
     activations = s.layers * sum(inputs + outputs for inputs, outputs in s.linears) * tokens
     activations += (s.width + s.vocab) * targets
     return Work(linear + attention, moved + 3 * BF16 * activations)

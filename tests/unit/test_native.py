@@ -244,26 +244,57 @@ def test_attention_without_matrix_tiles(flags: tuple[str, ...], monkeypatch: pyt
     check_independence(torch.bfloat16)
 
 
-@needs_kernels
+@needs_product
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of one family of processors")
-@pytest.mark.parametrize("flag", ["-mno-amx-tile", "-mno-avx512bf16", "-march=haswell"])
-def test_products_on_vectors(flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+@pytest.mark.parametrize("flags", [("-mno-amx-tile", "-mno-amx-bf16"), ("-mno-avx512bf16",), ("-march=haswell",)])
+def test_products_on_vectors(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """With instructions for bfloat16 where there are some, and without them."""
     monkeypatch.setenv("UPTURN_CACHE", str(tmp_path))
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, flag))
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
     monkeypatch.setattr(ops, "torch_has_bf16", lambda: False)
     assert ops.has_product(torch.bfloat16) and not ops.has_tiles(torch.bfloat16)
     for rows, out, width in [(1, 32, 32), (4, 100, 64), (70, 40, 1536)]:
         for dtype in DTYPES:
             check_product(rows, out, width, biased=rows > 1, dtype=dtype)
+    for dtype in DTYPES:
+        check_every_number_of_rows(dtype)
     assert back.has_matmul(torch.bfloat16) and not back.has_matmul(torch.float32)
-    for rows, columns, depth in [(0, 3, 5), (5, 3, 0), (1, 1, 1), (7, 33, 31), (13, 100, 300), (600, 48, 200)]:
+    for rows, columns, depth in [
+        (0, 3, 5),
+        (5, 3, 0),
+        (1, 1, 1),
+        (7, 33, 31),
+        (13, 100, 300),
+        (10, 33, 301),
+        (600, 48, 200),
+    ]:
         check_matmul(rows, columns, depth)
     with pytest.raises(ValueError, match="strides"):
         back.product(*torch.ones(2, 4, 4).bfloat16(), out=torch.empty(4, 4).bfloat16().t())
     with pytest.raises(ValueError, match="a product of"):
         back.product(torch.ones(3, 4).bfloat16(), torch.ones(5, 4).bfloat16())
+
+
+def check_every_number_of_rows(dtype: torch.dtype) -> None:
+    """Each has a piece of code of its own."""
+    x, weight = torch.randn(13, 320).to(dtype), torch.randn(40, 320).to(dtype)
+    panels = ops.packed(weight)
+    found = ops.product(x, panels, 40)
+    assert_near(found, x.double() @ weight.double().T)
+    assert all(torch.equal(ops.product(x[:rows], panels, 40), found[:rows]) for rows in range(14))
+
+
+@needs_product
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.skipif(platform.machine() != "x86_64" or not torch.cpu._is_avx512_bf16_supported(), reason="no AVX-512")
+@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="tiles are lent here")
+def test_tiles_that_are_not_lent_are_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("UPTURN_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-mamx-tile", "-mamx-bf16"))
+    assert ops.has_product(torch.bfloat16) and not ops.has_tiles(torch.bfloat16)
+    check_every_number_of_rows(torch.bfloat16)
+    check_independence(torch.bfloat16)
 
 
 def check_matmul(rows: int, columns: int, depth: int) -> None:

@@ -20,7 +20,7 @@ def tell(model: nn.Module, parts: Iterable[nn.Module]) -> None:
         _TOLD.add(model)
         progress.say(
             "this processor has no instructions for bfloat16, and upturn no kernels for layers of this kind here: "
-            "dtype float32 is several times as fast"
+            "dtype float32 is two to eight times as fast"
         )
 
 

@@ -23,7 +23,7 @@ from upturn.models.native import ops
 
 PATIENCE = 2
 """Plain calls of a layer before its weight is packed for oneDNN: that costs what some 30 calls save. To pack it for our
-own product costs less than one call, and saves half of it."""
+own product costs less than one call, and saves up to half of it."""
 TINY = 16**3
 """Products of so few multiplications torch does itself, in another order: weights this small stay plain."""
 

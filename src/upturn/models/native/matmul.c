@@ -1,5 +1,5 @@
-/* Products of a training in bfloat16 for processors that have no instruction for them (most with AVX2 and no more): torch
- * takes ten times as long there. Numbers become floats on the way into registers.
+/* Products of a training in bfloat16 for processors that have no instruction for them (most with AVX2, or AVX-512 before
+ * Zen 4 and Sapphire Rapids): torch takes two to ten times as long there.
  */
 #include "vectors.h"
 

@@ -141,7 +141,9 @@ def torch_has_bf16() -> bool:
     is_asked = torch.backends.mkldnn.is_available() and hasattr(known, "_is_mkldnn_bf16_supported")
     if not is_asked or not known._is_mkldnn_bf16_supported():
         return False
-    return platform.machine() != "x86_64" or processor._is_avx512_bf16_supported()  # else oneDNN takes floats
+    return (
+        platform.machine() not in ("x86_64", "AMD64") or processor._is_avx512_bf16_supported()
+    )  # else oneDNN takes floats
 
 
 @cache

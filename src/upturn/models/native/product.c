@@ -7,7 +7,7 @@
 #include "tiles.h"
 #include "vectors.h"
 
-#if defined TILES || defined __AVX2__
+#ifdef __AVX2__
 #ifndef TILES
 enum { SIDE = 16, PANEL = 2 * SIDE };
 #endif
@@ -35,18 +35,13 @@ static inline void put_row(const float *sums, const float *bias, int gated, int6
 static inline void load_bias(const real *bias, int64_t left, float *to) {
     for (int j = 0; j < PANEL; j++) to[j] = bias && j < left ? load(bias[j]) : 0.0f;
 }
-#endif
 
 #ifdef TILES
-enum { HELD = 1 << 20, CACHE_LINE = 32 };
-
-int has_tiles(void) { return tiles_allowed(); }
-
-int has_product(void) { return tiles_allowed(); }
+enum { TILES_HELD = 1 << 20, CACHE_LINE = 32 };
 
 /* weight [rows, depth], a multiple of 32 -> panels of 32 rows: per 32 of the depth two right tiles. What lies beyond the
  * rows is 0. */
-void pack(int64_t rows, int64_t depth, const real *weight, real *panels) {
+static void pack_on_tiles(int64_t rows, int64_t depth, const real *weight, real *panels) {
     int64_t tiles = depth / DEPTH;
 #pragma omp parallel for schedule(static)
     for (int64_t half = 0; half < (rows + PANEL - 1) / PANEL * 2; half++)
@@ -83,14 +78,12 @@ static inline void rows_by_panel(int64_t tiles, const real *x, int64_t stride, i
     }
 }
 
-/* x [n, depth] times the weight [rows, depth] that was packed, plus bias [rows] if there is one -> out [n, rows]. Gated:
- * of every 32 rows the first 16 are gates of the others, and out is [n, rows / 2]. Returns 1 where memory is short. */
-int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *panels, const real *bias, int64_t gated,
-            real *out) {
+static int product_on_tiles(int64_t n, int64_t rows, int64_t depth, const real *x, const real *panels, const real *bias,
+                            int64_t gated, real *out) {
     if (!n) return 0;
     int64_t tiles = depth / DEPTH, size = depth * PANEL, count = (rows + PANEL - 1) / PANEL, full = n / PANEL * PANEL;
     int64_t width = gated ? rows / 2 : rows, step = gated ? SIDE : PANEL;
-    int64_t most = n * depth * 2 / HELD + 1, held = ((n + most - 1) / most + PANEL - 1) / PANEL * PANEL;
+    int64_t most = n * depth * 2 / TILES_HELD + 1, held = ((n + most - 1) / most + PANEL - 1) / PANEL * PANEL;
     int64_t parts = (n + held - 1) / held; /* of so many rows each that they stay near */
     int failed = 0;
 #pragma omp parallel
@@ -125,23 +118,19 @@ int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *p
     }
     return failed;
 }
-#elif defined __AVX2__
+#endif
+
 enum { HELD = 1 << 18 };
 
-int has_tiles(void) { return 0; }
-
-int has_product(void) { return 1; }
-
 /* weight [rows, depth] -> panels of 32 rows, strip by strip. What lies beyond the rows is 0. */
-void pack(int64_t rows, int64_t depth, const real *weight, real *panels) {
+static void pack_on_vectors(int64_t rows, int64_t depth, const real *weight, real *panels) {
 #pragma omp parallel for schedule(static)
     for (int64_t first = 0; first < up(rows, PANEL); first += STRIP)
         pack_strip(rows, depth, first, weight, 1, depth, panels + first * depth);
 }
 
-/* x [n, depth] times the weight [rows, depth] that was packed, as on tiles. */
-int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *panels, const real *bias, int64_t gated,
-            real *out) {
+static int product_on_vectors(int64_t n, int64_t rows, int64_t depth, const real *x, const real *panels, const real *bias,
+                              int64_t gated, real *out) {
     int64_t blocks = (n + TALL - 1) / TALL, count = (rows + PANEL - 1) / PANEL, size = up(depth, PAIR) * TALL;
     int64_t bytes = blocks * size * (int64_t)sizeof(factor), parts = bytes / HELD + 1;
     int64_t width = gated ? rows / 2 : rows, step = gated ? SIDE : PANEL;
@@ -170,9 +159,29 @@ int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *p
     free(left);
     return 0;
 }
-#else
-int has_tiles(void) { return 0; }
 
+int has_product(void) { return 1; }
+
+void pack(int64_t rows, int64_t depth, const real *weight, real *panels) {
+#ifdef TILES
+    if (tiles_allowed()) {
+        pack_on_tiles(rows, depth, weight, panels);
+        return;
+    }
+#endif
+    pack_on_vectors(rows, depth, weight, panels);
+}
+
+/* x [n, depth] times the weight [rows, depth] that was packed, plus bias [rows] if there is one -> out [n, rows]. Gated:
+ * of every 32 rows the first 16 are gates of the others, and out is [n, rows / 2]. Returns 1 where memory is short. */
+int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *panels, const real *bias, int64_t gated,
+            real *out) {
+#ifdef TILES
+    if (tiles_allowed()) return product_on_tiles(n, rows, depth, x, panels, bias, gated, out);
+#endif
+    return product_on_vectors(n, rows, depth, x, panels, bias, gated, out);
+}
+#else
 int has_product(void) { return 0; }
 
 void pack(int64_t rows, int64_t depth, const real *weight, real *panels) {}
@@ -182,3 +191,11 @@ int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *p
     return 1;
 }
 #endif
+
+int has_tiles(void) {
+#ifdef TILES
+    return tiles_allowed();
+#else
+    return 0;
+#endif
+}

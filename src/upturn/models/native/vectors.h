@@ -36,7 +36,7 @@ static inline void pack_block(int64_t n, int64_t depth, int64_t first, const rea
     x += first * row;
     for (int64_t from = 0; from < depth; from += PART, block += TALL * PART) {
         int64_t here = depth - from < PART ? depth - from : PART, wide = up(here, PAIR);
-        if (here < wide) memset(block, 0, (size_t)(TALL * wide) * sizeof(factor));
+        for (int64_t r = 0; here < wide && r < some; r++) block[r * wide + here] = 0;
         if (row == 1) {
             for (int64_t j = 0; j < here; j++)
                 for (int64_t r = 0; r < some; r++) block[r * wide + j] = as_factor(x[(from + j) * column + r]);
