@@ -17,6 +17,9 @@ SIZES = ("prompts", "slots", "chains", "pairs", "turns", "repeats")
 """Options that the heading of a table tells, where a benchmark has them."""
 COLUMNS = ("what", "device", "unit", "ours", "peer", "ratio", "goal", "met", "how the peer ran")
 NO = "–"
+KINDS = (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 with bfloat16"), ("avx2", "AVX2"))
+"""Kinds of processors by the best of their instructions."""
+OTHER = "other"
 
 
 def main() -> None:
@@ -47,8 +50,41 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
-    """One table per benchmark, each below the machine that measured it."""
-    return "\n\n".join("\n".join((*heading(record), "", *table(record["rows"]))) for record in records)
+    """All goals, then one table per benchmark, each below the machine that measured it."""
+    parts = [overview(records), *((*heading(record), "", *table(record["rows"])) for record in records)]
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def overview(records: Sequence[dict[str, Any]]) -> Iterable[str]:
+    """What has a goal, by kind of machine: a ratio, or ours where there is no peer."""
+    kinds = sorted({kind(record) for record in records}, key=[*(name for _, name in KINDS), OTHER].index)
+    goals: dict[tuple[str, str, str], dict[str, list[str]]] = {}
+    for record in records:
+        for one in map(_rows.Row.model_validate, record["rows"]):
+            if one.goal:
+                found = goals.setdefault((one.name, one.device, one.goal), {}).setdefault(kind(record), [])
+                found += [] if one.ours is None else [reached(one, record["options"].get("prompts"))]
+    yield "### Goals"
+    yield ""
+    yield "By kind of processor, **bold** where met; in brackets the number of prompts where several were run."
+    yield ""
+    yield f"| what | device | goal | {' | '.join(kinds)} |"
+    yield f"|{'---|' * (3 + len(kinds))}"
+    for what, found in sorted(goals.items(), key=lambda item: item[0][1]):
+        numbers = [found.get(name, []) for name in kinds]
+        cells = [", ".join(some if len(some) > 1 else [part.partition(" (")[0] for part in some]) for some in numbers]
+        yield f"| {' | '.join(cell.replace('|', '/') or NO for cell in (*what, *cells))} |"
+
+
+def kind(record: dict[str, Any]) -> str:
+    """Of the processor that a record was measured on."""
+    return next((name for flag, name in KINDS if flag in record["where"]["flags"]), OTHER)
+
+
+def reached(one: _rows.Row, size: Any) -> str:
+    """The number that a goal is about."""
+    value = number(one.ours if one.ratio is None else one.ratio)
+    return f"{f'**{value}**' if one.met else value} ({_size(size)})"
 
 
 def heading(record: dict[str, Any]) -> Iterable[str]:

@@ -183,7 +183,7 @@ def test_a_goal_is_of_the_ratio_where_there_is_a_peer():
 def record(rows: list[Any], **options: Any) -> dict[str, Any]:
     where = {"cpu": "A CPU", "cpu_id": "X 1 2 3", "cores": 2, "threads": 2, "memory_gib": 8, "python": "3.11"}
     where |= {"torch": "2", "transformers": "5", "commit": "0123456789abcdef", "changed_files": 0}
-    where |= {"date": "2026-01-02T03:04:05", "load_average": 0.1}
+    where |= {"date": "2026-01-02T03:04:05", "load_average": 0.1, "flags": options.pop("flags", [])}
     return {
         "benchmark": "speed",
         "command": "python benchmarks/speed.py",
@@ -201,16 +201,34 @@ def test_the_table_holds_every_row_and_leaves_the_prose(tmp_path: Path):
     ]
     (tmp_path / "speed.json").write_text(json.dumps(record(found)))
     (tmp_path / "other.json").write_text(json.dumps({"benchmark": "other", "arms": {}}))
-    document = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
+    document = f"before\n{table.BEGIN}\nstale\n{table.END}\nafter\n"
     text = table.replace(document, table.markdown(table.read(tmp_path)))
     lines = [line for line in text.splitlines() if line.startswith("| step")]
     assert lines == [
+        "| step / fast | cpu | >= 10 | **12.35** |",
+        "| step | gpu | >= 4 | – |",
         "| step / fast | cpu | tokens/s | 12,350 | 1,000 | 12.35 | >= 10 | yes | trl 1; as it comes |",
         "| step | gpu | tokens/s | – | – | – | >= 4 | – | not measured |",
     ]
     assert text.startswith("before\n") and text.endswith("\nafter\n")
-    assert "old" not in text and "0123456789," in text and "quick check" not in text
+    assert "stale" not in text and "0123456789," in text and "quick check" not in text
     assert table.replace(text, table.markdown(table.read(tmp_path))) == text
+
+
+def test_goals_stand_side_by_side_for_each_kind_of_processor():
+    rows, table = module("_rows"), module("table")
+    amx, plain = {"flags": ["amx_bf16", "avx2"]}, {"flags": ["avx2"]}
+    found = [
+        record([rows.row("wait", "s", 0.2, goal="< 0.3"), rows.row("speed", "x", 3)], **plain),
+        record([rows.row("wait", "s", 0.4, goal="< 0.3")], prompts=96, **amx),
+        record([rows.row("wait", "s", 0.1, goal="< 0.3")], prompts=256, **amx),
+    ]
+    lines = list(table.overview(found))
+    assert lines[-3:] == [
+        "| what | device | goal | AMX | AVX2 |",
+        "|---|---|---|---|---|",
+        "| wait | cpu | < 0.3 | 0.4 (96), **0.1** (256) | **0.2** |",
+    ]
 
 
 def test_a_quick_check_is_named_as_such():

@@ -105,7 +105,7 @@ COSTS = {
 - tiles: bfloat16 on two threads with AMX, measured 74, 0.91 and 0.05 in one hour, and 42, 0.67 and 0 in another one
   when tiles were slow. By passes and tokens counted, 32 to 48 is the best at both prices, with 8 and with 64 slots.
 - vectors: two threads with AVX2, measured 6.7, 0.13 and 0 in bfloat16, 9.7, 0.34 and 0 in float32: tokens are dear.
-  With AVX-512 and its bfloat16: 7.7, 0.14 and 0.
+  With AVX-512 and its bfloat16: 7.7 to 9.3, 0.14 to 0.19 and 0.
 - cuda: not measured; an H100 is bound by memory up to some 300 tokens.
 """
 NO_SAVING = Cost(fixed=0, row=0, pad=0)
