@@ -17,7 +17,7 @@ SIZES = ("prompts", "slots", "chains", "pairs", "turns", "repeats")
 """Options that the heading of a table tells, where a benchmark has them."""
 COLUMNS = ("what", "device", "unit", "ours", "peer", "ratio", "goal", "met", "how the peer ran")
 NO = "–"
-KINDS = (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 with bfloat16"), ("avx2", "AVX2"))
+KINDS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bfloat16", "avx2": "AVX2"}
 """Kinds of processors by the best of their instructions."""
 OTHER = "other"
 
@@ -57,34 +57,38 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
 
 def overview(records: Sequence[dict[str, Any]]) -> Iterable[str]:
     """What has a goal, by kind of machine: a ratio, or ours where there is no peer."""
-    kinds = sorted({kind(record) for record in records}, key=[*(name for _, name in KINDS), OTHER].index)
-    goals: dict[tuple[str, str, str], dict[str, list[str]]] = {}
+    goals: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
     for record in records:
+        size = _size(record["options"].get("prompts", NO))
         for one in map(_rows.Row.model_validate, record["rows"]):
             if one.goal:
-                found = goals.setdefault((one.name, one.device, one.goal), {}).setdefault(kind(record), [])
-                found += [] if one.ours is None else [reached(one, record["options"].get("prompts"))]
+                found = goals.setdefault((one.device, one.name, one.goal), {}).setdefault(kind(record), {})
+                found |= {} if one.ours is None else {size: reached(one)}
+    kinds = [name for name in (*KINDS.values(), OTHER) if any(kind(record) == name for record in records)]
     yield "### Goals"
     yield ""
     yield "By kind of processor, **bold** where met; in brackets the number of prompts where several were run."
     yield ""
-    yield f"| what | device | goal | {' | '.join(kinds)} |"
-    yield f"|{'---|' * (3 + len(kinds))}"
-    for what, found in sorted(goals.items(), key=lambda item: item[0][1]):
-        numbers = [found.get(name, []) for name in kinds]
-        cells = [", ".join(some if len(some) > 1 else [part.partition(" (")[0] for part in some]) for some in numbers]
-        yield f"| {' | '.join(cell.replace('|', '/') or NO for cell in (*what, *cells))} |"
+    yield from _header(("what", "device", "goal", *kinds))
+    for (device, name, goal), found in sorted(goals.items(), key=lambda item: item[0][0]):
+        yield _line((name, device, goal, *(_by_size(found.get(kind, {})) for kind in kinds)))
 
 
 def kind(record: dict[str, Any]) -> str:
     """Of the processor that a record was measured on."""
-    return next((name for flag, name in KINDS if flag in record["where"]["flags"]), OTHER)
+    return next((name for flag, name in KINDS.items() if flag in record["where"]["flags"]), OTHER)
 
 
-def reached(one: _rows.Row, size: Any) -> str:
+def reached(one: _rows.Row) -> str:
     """The number that a goal is about."""
     value = number(one.ours if one.ratio is None else one.ratio)
-    return f"{f'**{value}**' if one.met else value} ({_size(size)})"
+    return f"**{value}**" if one.met else value
+
+
+def _by_size(found: dict[str, str]) -> str:
+    if len(found) < 2:
+        return "".join(found.values()) or NO
+    return ", ".join(f"{value} ({size})" for size, value in found.items())
 
 
 def heading(record: dict[str, Any]) -> Iterable[str]:
@@ -109,11 +113,17 @@ def _size(value: int | list[int]) -> str:
 
 def table(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
     """The rows as Markdown."""
-    yield f"| {' | '.join(COLUMNS)} |"
-    yield f"|{'---|' * len(COLUMNS)}"
-    for row in rows:
-        one = _rows.Row.model_validate(row)
-        yield f"| {' | '.join(cell.replace('|', '/') for cell in cells(one))} |"
+    yield from _header(COLUMNS)
+    yield from (_line(cells(_rows.Row.model_validate(row))) for row in rows)
+
+
+def _header(columns: Sequence[str]) -> Iterable[str]:
+    yield _line(columns)
+    yield f"|{'---|' * len(columns)}"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
 def cells(one: _rows.Row) -> tuple[str, ...]:

@@ -17,6 +17,9 @@ from upturn.training.optimizer import MasterAdamW
 from upturn.types import Sample
 
 CFG = plan.Config(weight_decay=0.1, max_grad_norm=0.5)
+needs_kernels = pytest.mark.skipif(
+    not ops.usable(torch.zeros(1, dtype=torch.bfloat16)), reason="no kernels on this machine"
+)
 
 
 def net(dtype: torch.dtype) -> nn.Module:
@@ -72,11 +75,6 @@ def test_kernels_and_torch_update_alike_and_read_each_others_files(tmp_path: Pat
     take_steps(other, theirs, 2, first=4)
     for a, b in zip(ours.masters, theirs.masters, strict=True):
         torch.testing.assert_close(a.value(), b.value(), rtol=2e-3, atol=1e-4)
-
-
-needs_kernels = pytest.mark.skipif(
-    not ops.usable(torch.zeros(1, dtype=torch.bfloat16)), reason="no kernels on this machine"
-)
 
 
 @needs_kernels

@@ -27,7 +27,7 @@ own product costs less than one call, and saves up to half of it."""
 TINY = 16**3
 """Products of so few multiplications torch does itself, in another order: weights this small stay plain."""
 
-NEEDED = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported", "_is_mkldnn_acl_supported")
+NEEDED = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_acl_supported")
 """Operators of torch, those that its compiler uses for frozen weights. They are not documented, so they may go."""
 
 
@@ -54,9 +54,8 @@ def packed(model: nn.Module, besides: Collection[nn.Module] = ()) -> Iterator[No
 def available() -> bool:
     """Whether this CPU and this build of torch multiply packed bfloat16 weights."""
     known = cast(Any, torch.ops.mkldnn)
-    if not torch.backends.mkldnn.is_available() or not all(hasattr(known, name) for name in NEEDED):
-        return False
-    return known._is_mkldnn_bf16_supported() and not known._is_mkldnn_acl_supported()
+    is_whole = ops.onednn_has_bf16() and all(hasattr(known, name) for name in NEEDED)
+    return is_whole and not known._is_mkldnn_acl_supported()
 
 
 class Product:

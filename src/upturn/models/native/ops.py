@@ -135,15 +135,18 @@ def has_tiles(dtype: torch.dtype) -> bool:
 
 
 @cache
+def onednn_has_bf16() -> bool:
+    """Whether torch hands products of bfloat16 to oneDNN here."""
+    known: Any = torch.ops.mkldnn
+    is_asked = torch.backends.mkldnn.is_available() and hasattr(known, "_is_mkldnn_bf16_supported")
+    return is_asked and bool(known._is_mkldnn_bf16_supported())
+
+
+@cache
 def torch_has_bf16() -> bool:
     """Whether torch multiplies bfloat16 by instructions of this processor; else it takes two to ten times as long."""
-    known, processor = cast(Any, torch.ops.mkldnn), cast(Any, torch.cpu)
-    is_asked = torch.backends.mkldnn.is_available() and hasattr(known, "_is_mkldnn_bf16_supported")
-    if not is_asked or not known._is_mkldnn_bf16_supported():
-        return False
-    return (
-        platform.machine() not in ("x86_64", "AMD64") or processor._is_avx512_bf16_supported()
-    )  # else oneDNN takes floats
+    processor, is_x86 = cast(Any, torch.cpu), platform.machine() in ("x86_64", "AMD64")
+    return onednn_has_bf16() and (not is_x86 or processor._is_avx512_bf16_supported())
 
 
 @cache

@@ -22,8 +22,8 @@ static inline void put_row(const float *sums, const float *bias, int gated, int6
             vec gate = kept_vec(x[i]), silu = kept_vec(gate * inverse(1.0f + exp_vec(-gate)));
             store_vec(out + i * LANES, silu * kept_vec(x[i + SIDE / LANES]));
         }
-#ifdef __AVX512BF16__
-    } else if (left >= PANEL && sizeof(real) == 2) {
+#ifdef PAIRS
+    } else if (left >= PANEL) {
         _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]));
 #endif
     } else {
