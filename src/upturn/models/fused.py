@@ -42,7 +42,7 @@ def fused(model: nn.Module) -> Iterator[None]:
     """
     _attention.use_plans(model)
     _slow.tell(model, (part for part in model.modules() if isinstance(part, nn.Linear) and not ops.usable(part.weight)))
-    layers: list[Any] = [layer for layer in layers_of(model) if is_common(layer) and _may_fuse(layer)]
+    layers: list[Any] = [layer for layer in layers_of(model) if has_kernels(layer) and _may_fuse(layer)]
     for layer in layers:
         layer.forward = _Maybe(layer)
     try:
@@ -159,7 +159,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def is_common(layer: nn.Module) -> bool:
-    """Made of the common parts, plain ones, where there are kernels. Whether it computes the same must be tried."""
+    """Made of the common parts, plain ones. Whether it computes the same must be tried."""
     named: dict[str, Any] = dict(layer.named_children())
     if set(named) != PARTS or "forward" in layer.__dict__:
         return False
@@ -172,7 +172,12 @@ def is_common(layer: nn.Module) -> bool:
     hooked = any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules())
     if not known or not plain or hooked or len({weight.dtype for weight in layer.parameters()}) > 1:
         return False
-    return type(mlp.act_fn).__name__ in SILU and ops.usable(linears[0].weight)
+    return type(mlp.act_fn).__name__ in SILU
+
+
+def has_kernels(layer: nn.Module) -> bool:
+    """Whether a layer is common, and kernels take what it computes with."""
+    return is_common(layer) and ops.usable(next(layer.parameters()))
 
 
 def _may_fuse(layer: nn.Module) -> bool:

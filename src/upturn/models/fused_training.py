@@ -58,7 +58,7 @@ def fused_training(model: nn.Module, plan: TreePlan) -> Iterator[None]:
 
 def _fusable(layer: nn.Module) -> How | None:
     """How a common layer attends, if it was found to compute the same, gradients too."""
-    if not fused.is_common(layer) or layer.self_attn.head_dim > back.MOST_WIDTH:  # type: ignore[union-attr,operator]
+    if not fused.has_kernels(layer) or layer.self_attn.head_dim > back.MOST_WIDTH:  # type: ignore[union-attr,operator]
         return None
     if layer not in _SEEN:
         _SEEN[layer] = _computes_the_same(layer)
