@@ -48,6 +48,7 @@ ROOMS = {
 LIBRARIES = {
     "torch": "numerics trees objectives models engines training scorers lab tracking",
     "transformers": "models scorers",
+    "triton": "models",
     "safetensors": "training scorers lab",
     "scipy": "evaluation",
     "matplotlib": "report",

@@ -97,6 +97,7 @@ COSTS = {
     "tiles": Cost(fixed=40, row=0.6, pad=0),
     "vectors": Cost(fixed=8, row=0.2, pad=0),
     "cuda": Cost(fixed=256, row=0, pad=0.3),
+    "graphs": Cost(fixed=512, row=8, pad=0),
 }
 """By device, from SmolLM2-135M with 256 tokens a slot; `tiles` and `vectors` are a CPU where our own products run.
 

@@ -31,6 +31,9 @@ class Slots:
     Tokens lie from place 0 of their slot without gaps, so a context that begins like the slot's old one reuses it.
     """
 
+    graphs = False
+    """Whether passes over them are captured as CUDA graphs (`_graphs`)."""
+
     def __init__(self, config: object, size: int, like: Tensor, length: int = BEGIN) -> None:
         self.size = size
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads  # type: ignore[attr-defined]

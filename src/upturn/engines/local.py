@@ -27,22 +27,20 @@ from torch import nn
 
 from upturn.engines import _base, _propose, sampling
 from upturn.engines._base import Generate
+from upturn.engines._passes import Launched, Pending, Ready, kind_of
 from upturn.engines._propose import Copying, Proposer
 from upturn.engines._requests import Request, Slot, shared
-from upturn.engines._slots import BEGIN, Slots, Span, StepPlan
+from upturn.engines._slots import Span
 from upturn.errors import DataError
-from upturn.models import policy
 from upturn.models.chat import Chat
-from upturn.models.fused import fused
-from upturn.models.native import ops
 from upturn.types import Attempt, Draft, FinishReason, Kind, Prompt
 
 PREFILL_TOKENS = 4096
 """Most context tokens computed in one forward pass."""
 TEMPLATE_TOKENS = 16
 """Least common beginning of all contexts that is worth a forward pass of its own."""
-BELOW_ONE = 1 - 2**-24
-"""The greatest uniform number that single precision does not round to 1."""
+OVERLAP = 64
+"""Fewest running drafts that are fed in two halves, by turns: one on the device, one in the program."""
 
 
 class Local:
@@ -65,7 +63,9 @@ class Local:
         self.max_new_tokens = cfg.max_new_tokens or 256
         self.speculate = speculate
         self._config = config
-        self._slot_length = BEGIN
+        self._ready = Ready(self.model, cfg, slots)
+        self._cache: Any = None
+        self._passes: Any = None
         self.num_forwards = self.num_tokens_computed = self.num_proposed = self.num_accepted = 0
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -87,7 +87,8 @@ class Local:
         """Run a strategy over all prompts; attempts come back in the order of the prompts."""
 
         def work() -> list[Attempt]:
-            with torch.inference_mode(), fused(self.model):
+            with torch.inference_mode(), self._ready.opened() as (cache, passes):
+                self._cache, self._passes = cache, passes
                 return asyncio.run(self._run(prompts, generate, on_draft))
 
         return _base.outside_loops(work)
@@ -95,14 +96,11 @@ class Local:
     async def _run(
         self, prompts: Sequence[Prompt], generate: Generate, on_draft: Callable[[Draft], None]
     ) -> list[Attempt]:
-        like = next(self.model.parameters())
-        self._cache = Slots(self._config, self.num_slots, like, self._slot_length)
         self._slots = [Slot() for _ in range(self.num_slots)]
+        self._flying: list[Launched] = []
         self._queue: list[Request] = []
         self._on_draft = on_draft
-        own = "tiles" if ops.has_tiles(like.dtype) else "vectors"
-        kind = own if self._cache.native and ops.has_product(like.dtype) else self.device.type
-        self._proposer = Proposer(_propose.COSTS.get(kind, _propose.NO_SAVING))
+        self._proposer = Proposer(_propose.COSTS.get(kind_of(self._cache), _propose.NO_SAVING))
         waiting = list(enumerate(prompts))[::-1]
         live: dict[int, asyncio.Task[list[Draft]]] = {}
         drafts: dict[int, list[Draft]] = {}
@@ -120,9 +118,7 @@ class Local:
         finally:
             for task in live.values():
                 task.cancel()
-            if self._cache.native:  # else their length shapes the arithmetic, and every run must begin alike
-                self._slot_length = self._cache.length
-            del self._cache
+            self._cache = self._passes = None
         return [Attempt(prompt, tuple(drafts[order])) for order, prompt in enumerate(prompts)]
 
     def _sampler(self, order: int) -> Callable[[Prompt, Sequence[Draft]], Any]:
@@ -154,10 +150,11 @@ class Local:
 
     def _admit(self) -> None:
         """Give free slots to waiting requests. Siblings with one context wait until the first of them is computed."""
-        budget, contexts = PREFILL_TOKENS, set[tuple[int, ...]]()
+        budget = PREFILL_TOKENS
+        contexts = {slot.request.context for slot in self._slots if slot.request and not slot.request.token_ids}
         waiting: list[Request] = []
         free = [row for row, slot in enumerate(self._slots) if slot.request is None]
-        if not any(slot.ids for slot in self._slots):
+        if not self._flying and not any(slot.ids for slot in self._slots):
             self._compute_template()
         while self._queue and free and budget > 0:
             request = heapq.heappop(self._queue)
@@ -192,10 +189,21 @@ class Local:
         slot.prompt, slot.request, request.cached = request.order[0], request, len(slot.ids)
 
     def _step(self) -> None:
-        """One forward pass: feed what each slot has not seen yet and a guess behind it, and take what is certain."""
-        rows = [row for row, slot in enumerate(self._slots) if slot.request is not None]
-        if not rows:
-            return
+        """Start a forward pass, and take what an earlier one gave: this one too, where passes do not overlap."""
+        running = [row for row, slot in enumerate(self._slots) if slot.request is not None]
+        flying = {row for launched in self._flying for row in launched.rows}
+        halves = self._passes.overlaps and len(running) >= OVERLAP
+        rows = [row for row in running if row not in flying][: -(-len(running) // 2) if halves else None]
+        if rows:
+            self._flying.append(self._launch(rows))
+        while len(self._flying) > (1 if halves and rows else 0):
+            launched = self._flying.pop(0)
+            sampled = iter(zip(*launched.pending(), strict=True))
+            for row, guess in zip(launched.rows, launched.guesses, strict=True):
+                self._take(row, guess, list(islice(sampled, 1 + len(guess))))
+
+    def _launch(self, rows: list[int]) -> Launched:
+        """One forward pass: feed what each slot has not seen yet and a guess behind it."""
         running = [self._slots[row].running for row in rows]
         guesses = self._proposer.propose([r.copying for r in running], [self._room(r) - 1 for r in running])
         fed, spans = list[int](), list[Span]()
@@ -204,30 +212,20 @@ class Local:
             new = [*request.behind(start), *guess]
             spans.append(Span(row, start, len(new), 1 + len(guess)))
             fed += new
-        plan, hidden_T = self._forward(fed, spans)
-        logits = policy.head(self.model, hidden_T[plan.asked_N])
         numbers = [r.uniforms[len(r.token_ids) :][: s.asked] for r, s in zip(running, spans, strict=True)]
-        uniform_N = torch.tensor(np.concatenate(numbers).clip(max=BELOW_ONE), dtype=torch.float32, device=self.device)
-        chosen, logprobs = sampling.choose(logits, uniform_N, self.cfg.temperature, self.cfg.top_p)
-        sampled = iter(zip(chosen.tolist(), logprobs.tolist(), strict=True))
-        for row, guess in zip(rows, guesses, strict=True):
-            self._take(row, guess, list(islice(sampled, 1 + len(guess))))
+        return Launched(rows, guesses, self._start(fed, spans, np.concatenate(numbers)))
 
-    def _forward(self, fed: list[int], spans: list[Span]) -> tuple[StepPlan, torch.Tensor]:
-        """Last hidden states of new tokens, whose keys and values go into the cache."""
-        self._cache.reserve(max(span.start + span.count for span in spans))
-        plan = StepPlan(self._cache, spans)
-        hidden_T = policy.hidden_states(self.model, torch.tensor(fed, device=self.device), plan.place_T, plan)
+    def _start(self, fed: list[int], spans: list[Span], uniforms: np.ndarray) -> Pending:
         self.num_forwards += 1
         self.num_tokens_computed += len(fed)
-        return plan, hidden_T
+        return self._passes.start(fed, spans, uniforms)
 
     def _compute_template(self) -> None:
         """What the first contexts of a run have in common, once: all slots will take it from the first one."""
         contexts = sorted(request.context[:-1] for request in self._queue if len(request.context) < self.longest)
         if len(contexts) > 1 and (size := shared([*contexts[0]], [*contexts[-1]])) >= TEMPLATE_TOKENS:
             self._slots[0].ids = [*contexts[0][:size]]
-            self._forward(self._slots[0].ids, [Span(0, 0, size, 1)])
+            self._start(self._slots[0].ids, [Span(0, 0, size, 1)], np.empty(0))
 
     def _room(self, request: Request) -> int:
         """How many tokens a running draft may still get."""

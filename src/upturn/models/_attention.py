@@ -11,7 +11,6 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 NAME = "upturn"
 PLAIN_KEYS = 384
@@ -87,5 +86,5 @@ def use_plans(model: nn.Module) -> None:
         known.set_attn_implementation(NAME)
 
 
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+AttentionInterface.register(NAME, attention)  # and no mask function: then `transformers` makes no mask, nor looks for
+# several sequences in one row, for which it would wait for the device in every pass

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from upturn.models import _attention, _slow, packed
 from upturn.models._attention import How
-from upturn.models.native import ops
+from upturn.models.native import on_gpu, ops
 
 Result = TypeVar("Result")
 _Products = tuple[packed.Product, packed.Product, packed.Gated, packed.Product]
@@ -30,26 +30,39 @@ PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 SILU = {"SiLU", "SiLUActivation"}
-CLOSE = {torch.bfloat16: 0.03, torch.float32: 1e-4}
+CLOSE = {torch.bfloat16: 0.03, torch.float16: 0.004, torch.float32: 1e-4}
 """Largest difference that rounding explains, relative to the largest number of the output."""
 
 
 @contextmanager
-def fused(model: nn.Module) -> Iterator[None]:
+def fused(model: nn.Module, held: dict[Any, Any] | None = None) -> Iterator[None]:
     """Inside, common layers compute fused, and the other linear layers from packed weights (`packed`).
 
-    Joined weights go when the block ends; weights must not change within it. They take as much memory again.
+    Joined weights go when the block ends; weights must not change within it. They take as much memory again. On a GPU
+    `held` keeps them at their place from one block to the next, for graphs that know it.
     """
     _attention.use_plans(model)
+    if on_gpu(next(model.parameters())):
+        from upturn.models import _gpu_layer
+
+        with swapped(_gpu_layer.gpu_layers(model, {} if held is None else held)):
+            yield
+        return
     _slow.tell(model, (part for part in model.modules() if isinstance(part, nn.Linear) and not ops.usable(part.weight)))
     layers: list[Any] = [layer for layer in layers_of(model) if has_kernels(layer) and _may_fuse(layer)]
-    for layer in layers:
-        layer.forward = _Maybe(layer)
+    with swapped({layer: _Maybe(layer) for layer in layers}), packed.packed(model, besides=layers):
+        yield
+
+
+@contextmanager
+def swapped(forwards: Mapping[Any, Callable[..., Tensor]]) -> Iterator[None]:
+    """Inside, these layers have other forwards."""
+    for layer, forward in forwards.items():
+        layer.forward = forward
     try:
-        with packed.packed(model, besides=layers):
-            yield
+        yield
     finally:
-        for layer in layers:
+        for layer in forwards:
             del layer.forward
 
 
@@ -200,7 +213,7 @@ _SEEN: WeakKeyDictionary[nn.Module, How | None] = WeakKeyDictionary()
 
 @torch.inference_mode()
 def _computes_the_same(layer: nn.Module) -> How | None:
-    (x, around), own, ours = probe(layer), _Causal(), _Causal()
+    (x, around), own, ours = probe(layer), Causal(), Causal()
     out = tried(partial(plain, layer, x, **around, upturn_plan=own))
     if out is None or own.how is None:
         return None
@@ -211,7 +224,7 @@ def _computes_the_same(layer: nn.Module) -> How | None:
 
 def asked_by(layer: nn.Module) -> How | None:
     """How a layer's own forward asks to attend; None where it cannot be called like the others."""
-    (x, around), causal = probe(layer), _Causal()
+    (x, around), causal = probe(layer), Causal()
     with torch.no_grad():
         tried(partial(plain, layer, x, **around, upturn_plan=causal))
     return causal.how
@@ -243,9 +256,9 @@ def probe(layer: nn.Module) -> tuple[Tensor, dict[str, Any]]:
     attention: Any = layer.self_attn
     weight: Tensor = attention.q_proj.weight
     generator = torch.Generator().manual_seed(0)
-    x = (torch.randn(1, 5, weight.shape[1], generator=generator) / 64).to(weight.dtype)  # so that it hides no branch
+    x = (torch.randn(1, 5, weight.shape[1], generator=generator) / 64).to(weight)  # so that it hides no branch
     angle = torch.rand(1, 5, attention.head_dim // 2, generator=generator).repeat(1, 1, 2) * 6
-    return x, {"position_embeddings": (angle.cos().to(x.dtype), angle.sin().to(x.dtype))}
+    return x, {"position_embeddings": (angle.cos().to(x), angle.sin().to(x))}
 
 
 def close(plain: Tensor, other: Tensor) -> bool:
@@ -253,7 +266,7 @@ def close(plain: Tensor, other: Tensor) -> bool:
     return bool((plain - other).abs().max() <= CLOSE[plain.dtype] * plain.abs().max())
 
 
-class _Causal:
+class Causal:
     """Plain causal attention over all tokens, whatever the layer's window; notes how it was asked, and with what."""
 
     how: How | None = None

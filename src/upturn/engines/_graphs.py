@@ -1,0 +1,215 @@
+"""Passes on a GPU: kernels over slots, and a CUDA graph for each size of a step that comes again.
+
+A small model's pass is some hundreds of kernels of a few microseconds each. Launched one by one they take ten times as
+long as they run, so a pass of a size that was seen before is captured, and launched at once from then on. All that
+changes from step to step lies in one buffer. Sizes are rounded up: what fills a step goes to a slot of its own.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from upturn.engines import sampling
+from upturn.engines._passes import BELOW_ONE, Pending
+from upturn.engines._slots import Slots, Span
+from upturn.models import policy
+from upturn.models._gpu_layer import KernelPlan, kernels
+
+SIZES = (8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+"""Tokens of a captured step."""
+COARSE = 512
+"""Longer steps are multiples of this; they keep a GPU busy without a graph."""
+SEEN = 2
+"""Steps of a size before it is captured: they have compiled and warmed all that it needs."""
+
+
+class GpuSlots(Slots):
+    """Slots in the plain layout, and one more for what only fills a step."""
+
+    graphs = True
+
+    def __init__(self, config: object, size: int, like: Tensor, length: int) -> None:
+        super().__init__(config, size + 1, like, length)
+        self.size = size
+        self.native = True
+        self._copies: dict[tuple[int, int, int], list[int]] = {}
+
+    def reserve(self, length: int) -> None:
+        """Make every slot at least this long, twice as long where it must grow: graphs know where slots lie."""
+        if length > self.length:
+            super().reserve(max(length, 2 * self.length))
+
+    def copy(self, source: int, target: int, first: int, last: int) -> None:
+        """Copy places of one slot into another, together with others, before the next pass."""
+        targets = {row for rows in self._copies.values() for row in rows}
+        if source in targets or target in targets or target in {row for row, _, _ in self._copies}:
+            self.flush()
+        self._copies.setdefault((source, first, last), []).append(target)
+
+    def flush(self) -> None:
+        """Do the copies that were asked for."""
+        for (source, first, last), targets in self._copies.items():
+            for held in (self.keys, self.values):
+                held[:, targets, :, first:last] = held[:, source : source + 1, :, first:last]
+        self._copies.clear()
+
+
+@dataclass(slots=True)
+class _Size:
+    """A step of one size: its buffer, and its graph once it has one."""
+
+    buffer: Tensor
+    tokens: int
+    asked: int
+    graph: Any = None
+    out: tuple[Tensor, Tensor] | None = None
+
+    def part(self, name: str) -> slice:
+        """Where a part of a step lies in the buffer."""
+        sizes = {"ids": self.tokens, "slot": self.tokens, "place": self.tokens}
+        sizes |= {"asked": self.asked, "uniform": self.asked, "tiles": 4 * self.tokens}
+        begin = sum(list(sizes.values())[: list(sizes).index(name)])
+        return slice(begin, begin + sizes[name])
+
+    @property
+    def length(self) -> int:
+        """Of the buffer."""
+        return self.part("tiles").stop
+
+
+@dataclass(slots=True)
+class GraphPasses:
+    """Passes that run while the program goes on."""
+
+    model: nn.Module
+    cache: GpuSlots
+    cfg: sampling.Config
+    overlaps = True
+    _sizes: dict[tuple[int, int], _Size] = field(default_factory=dict)
+    _seen: Counter[tuple[int, int]] = field(default_factory=Counter)
+    _where: int = 0
+    _captures: bool = True
+    _pool: Any = None
+
+    def start(self, fed: list[int], spans: Sequence[Span], uniforms: np.ndarray) -> Pending:
+        """See `Passes`."""
+        self.cache.reserve(max(span.start + span.count for span in spans))
+        self.cache.flush()
+        self._forget_moved()
+        size = self._size(len(fed), sum(span.asked for span in spans))
+        packed = torch.from_numpy(self._packed(size, fed, spans, uniforms)).pin_memory()
+        size.buffer.copy_(packed, non_blocking=True)
+        if size.graph is not None:
+            size.graph.replay()
+            out = size.out
+        else:
+            out = self._compute(size)
+            self._capture(size)
+        assert out is not None
+        return _Waiting(out, len(uniforms))
+
+    def _forget_moved(self) -> None:
+        """Graphs know addresses: of the cache, which may have grown."""
+        if self._where != self.cache.keys.data_ptr():
+            self._where = self.cache.keys.data_ptr()
+            self._sizes.clear()
+
+    def _size(self, tokens: int, asked: int) -> _Size:
+        key = _rounded(tokens), _rounded(asked)
+        if key not in self._sizes:
+            size = _Size(torch.empty(0), *key)
+            size.buffer = torch.zeros(size.length, dtype=torch.int32, device=self.cache.keys.device)
+            self._sizes[key] = size
+        return self._sizes[key]
+
+    def _packed(self, size: _Size, fed: list[int], spans: Sequence[Span], uniforms: np.ndarray) -> np.ndarray:
+        """A step as its buffer has it."""
+        packed = np.zeros(size.length, dtype=np.int32)
+        slots, starts, counts, asked = np.array([(s.slot, s.start, s.count, s.asked) for s in spans]).T
+        ends = counts.cumsum()
+        packed[size.part("ids")][: len(fed)] = fed
+        packed[size.part("slot")].fill(self.cache.size)
+        packed[size.part("slot")][: len(fed)] = slots.repeat(counts)
+        packed[size.part("place")][: len(fed)] = starts.repeat(counts) + _within(counts)
+        packed[size.part("asked")][: asked.sum()] = (ends - asked).repeat(asked) + _within(asked)
+        packed[size.part("uniform")].view(np.float32)[: len(uniforms)] = uniforms.clip(max=BELOW_ONE)
+        tiles = self._tiles(slots, ends - counts, starts, counts)
+        packed[size.part("tiles")].reshape(4, -1)[:, : tiles.shape[1]] = tiles
+        return packed
+
+    def _tiles(self, slots: np.ndarray, firsts: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """See `gpu.attend`."""
+        config: Any = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
+        most = kernels().tile_tokens(config.num_attention_heads, self.cache.heads)
+        parts = -(-counts // most)
+        before = most * _within(parts)
+        sizes = np.minimum(most, counts.repeat(parts) - before)
+        return np.stack([slots.repeat(parts), firsts.repeat(parts) + before, starts.repeat(parts) + before, sizes])
+
+    def _compute(self, size: _Size) -> tuple[Tensor, Tensor]:
+        part = {name: size.buffer[size.part(name)] for name in ("ids", "slot", "place", "asked", "tiles")}
+        uniform_N = size.buffer[size.part("uniform")].view(torch.float32)
+        tiles = part["tiles"].view(4, -1)
+        plan = KernelPlan(self.cache.keys, self.cache.values, part["slot"], part["place"], tiles)
+        hidden_T = policy.hidden_states(self.model, part["ids"].long(), part["place"].long(), plan)
+        logits = policy.head(self.model, hidden_T[part["asked"].long()])
+        if self.cfg.top_p == 1:
+            return kernels().sample(logits.contiguous(), uniform_N, self.cfg.temperature)
+        return sampling.choose(logits, uniform_N, self.cfg.temperature, self.cfg.top_p)
+
+    def _capture(self, size: _Size) -> None:
+        """Capture a step that was computed often enough; a model that cannot be captured goes on without."""
+        key = size.tokens, size.asked
+        self._seen[key] += 1
+        if not self._captures or self._seen[key] < SEEN or size.tokens > SIZES[-1]:
+            return
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    size.out = self._compute(size)
+                finally:
+                    graph.capture_end()
+            size.graph = graph
+        except RuntimeError:  # a layer that waits for the device, or whose kernels cannot be captured
+            self._captures = False
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+class _Waiting:
+    """The tokens of a pass, on their way to the CPU."""
+
+    __slots__ = ("_event", "_out")
+
+    def __init__(self, out: tuple[Tensor, Tensor], count: int) -> None:
+        self._out = [torch.empty(count, dtype=part.dtype, pin_memory=True) for part in out]
+        for here, there in zip(self._out, out, strict=True):
+            here.copy_(there[:count], non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def __call__(self) -> tuple[list[int], list[float]]:
+        self._event.synchronize()
+        chosen, logprobs = self._out
+        return chosen.tolist(), logprobs.tolist()
+
+
+def _rounded(size: int) -> int:
+    place = bisect_left(SIZES, size)
+    return SIZES[place] if place < len(SIZES) else -(-size // COARSE) * COARSE
+
+
+def _within(counts: np.ndarray) -> np.ndarray:
+    """0, 1, ... up to each count, one behind the other."""
+    return np.arange(counts.sum()) - (counts.cumsum() - counts).repeat(counts)

@@ -1,0 +1,107 @@
+"""Forward passes of the engine: what each slot gets goes in, the next tokens come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from upturn.engines import sampling
+from upturn.engines._slots import BEGIN, Slots, Span, StepPlan
+from upturn.models import policy
+from upturn.models.fused import fused
+from upturn.models.native import on_gpu, ops
+
+Chosen = tuple[list[int], list[float]]
+"""Tokens with their log-probs under the unmodified model, one for each token that was asked for."""
+Pending = Callable[[], Chosen]
+"""Waits for a pass."""
+BELOW_ONE = 1 - 2**-24
+"""The greatest uniform number that single precision does not round to 1."""
+
+
+class Passes:
+    """Passes that compute at once."""
+
+    overlaps = False
+    """Whether a pass runs while the program goes on."""
+
+    def __init__(self, model: nn.Module, cache: Slots, cfg: sampling.Config) -> None:
+        self.model, self.cache, self.cfg = model, cache, cfg
+
+    def start(self, fed: list[int], spans: Sequence[Span], uniforms: np.ndarray) -> Pending:
+        """Feed new tokens, whose keys and values go into the cache; `uniforms` has a number for each asked one."""
+        self.cache.reserve(max(span.start + span.count for span in spans))
+        device = self.cache.keys.device
+        plan = StepPlan(self.cache, spans)
+        hidden_T = policy.hidden_states(self.model, torch.tensor(fed, device=device), plan.place_T, plan)
+        if not len(uniforms):
+            return lambda: ([], [])
+        logits = policy.head(self.model, hidden_T[plan.asked_N])
+        uniform_N = torch.tensor(uniforms.clip(max=BELOW_ONE), dtype=torch.float32, device=device)
+        chosen, logprobs = sampling.choose(logits, uniform_N, self.cfg.temperature, self.cfg.top_p)
+        found = chosen.tolist(), logprobs.tolist()
+        return lambda: found
+
+
+class Ready:
+    """The cache of an engine and passes over it, made for each run.
+
+    On a GPU both last as long as the engine, and the joined weights too: graphs know where they lie.
+    """
+
+    def __init__(self, model: nn.Module, cfg: sampling.Config, num_slots: int) -> None:
+        self._model, self._cfg, self._num_slots = model, cfg, num_slots
+        self._length = BEGIN
+        self._held: dict[Any, Any] = {}
+        self._lasting: tuple[Slots, Any] | None = None
+        self._addresses: list[int] = []
+
+    @contextmanager
+    def opened(self) -> Iterator[tuple[Slots, Any]]:
+        """For one run, in inference mode; weights must not change within it."""
+        with fused(self._model, self._held):
+            cache, passes = self._graphs() if on_gpu(next(self._model.parameters())) else self._plain()
+            yield cache, passes
+            if cache.native:  # else their length shapes the arithmetic, and every run must begin alike
+                self._length = cache.length
+
+    def _plain(self) -> tuple[Slots, Passes]:
+        cache = Slots(self._config, self._num_slots, next(self._model.parameters()), self._length)
+        return cache, Passes(self._model, cache, self._cfg)
+
+    def _graphs(self) -> tuple[Slots, Any]:
+        from upturn.engines._graphs import GpuSlots, GraphPasses
+
+        addresses = [weight.data_ptr() for weight in self._model.parameters()]
+        if self._lasting is None or addresses != self._addresses:
+            cache = GpuSlots(self._config, self._num_slots, next(self._model.parameters()), self._length)
+            self._lasting, self._addresses = (cache, GraphPasses(self._model, cache, self._cfg)), addresses
+        return self._lasting
+
+    @property
+    def _config(self) -> Any:
+        return self._model.config.get_text_config()  # type: ignore[operator,union-attr]
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A pass of some slots that was started."""
+
+    rows: list[int]
+    guesses: list[tuple[int, ...]]
+    pending: Pending
+
+
+def kind_of(cache: Slots) -> str:
+    """What passes over a cache cost, as a name in `_propose.COSTS`."""
+    like = cache.keys
+    if cache.graphs:
+        return "graphs"
+    own = "tiles" if ops.has_tiles(like.dtype) else "vectors"
+    return own if cache.native and ops.has_product(like.dtype) else like.device.type

@@ -1,0 +1,162 @@
+"""Decoder layers of the common kind in few kernels, for the time of a generation on a GPU, and attention over slots.
+
+The counterpart of what `fused` does on a CPU: products that share an input are one, and what lies between them is four
+kernels (`native.gpu`). No tensor's shape or address changes from one step to the next but with the number of tokens, so
+a step can be captured as a CUDA graph.
+
+Axes: `T` tokens of a step, `H` heads, `D` width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upturn.models import fused
+from upturn.models._attention import How
+
+
+def kernels() -> Any:
+    """The module `native.gpu`, which needs Triton."""
+    return import_module("upturn.models.native.gpu")
+
+
+@dataclass(frozen=True, slots=True)
+class KernelPlan:
+    """New tokens of some slots, as the kernels take them: a `Plan` for any layer, and more for a common one."""
+
+    keys: Tensor
+    """`[layers, slots, Hkv, length, D]`, as `values`."""
+    values: Tensor
+    slot_T: Tensor
+    """int32, as all places."""
+    place_T: Tensor
+    tiles: Tensor
+    """`[4, N]`: see `gpu.attend`."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+        """See `Plan`."""
+        q_T, k_T, v_T = (part[0].transpose(0, 1) for part in (q, k, v))  # [T, H, D]
+        slot, place = self.slot_T.long(), self.place_T.long()
+        self.keys[layer][slot, :, place] = k_T
+        self.values[layer][slot, :, place] = v_T
+        return self._attend(layer, q_T.contiguous(), how)[None]
+
+    def turn_and_attend(self, layer: int, joined: Tensor, turn: Any, heads: int, how: How) -> Tensor:
+        """Queries, keys and values `[T, (H + 2 Hkv) * D]` before they are turned -> `[T, H * D]`."""
+        where, cache = (self.slot_T, self.place_T), (self.keys[layer], self.values[layer])
+        kernels().turn_and_keep(joined, turn, where, cache, heads)
+        q_T = joined.view(len(joined), -1, self.keys.shape[-1])[:, :heads]
+        return self._attend(layer, q_T, how).flatten(1)
+
+    def _attend(self, layer: int, q_T: Tensor, how: How) -> Tensor:
+        out_T = torch.empty(q_T.shape, dtype=q_T.dtype, device=q_T.device)
+        limits = (how.scaling, how.softcap or 0.0, how.window or 0)
+        kernels().attend(q_T, self.tiles, (self.keys[layer], self.values[layer]), limits, out_T)
+        return out_T
+
+
+class GpuLayer:
+    """The forward of one layer while a `KernelPlan` runs; with any other plan the layer's own."""
+
+    __slots__ = ("_heads", "_how", "_joined", "_layer")
+
+    def __init__(self, layer: nn.Module, how: How) -> None:
+        self._layer: Any = layer
+        self._how = how
+        attention = self._layer.self_attn
+        self._heads = attention.q_proj.out_features // attention.head_dim
+        self._joined = [_Joined(parts) for parts in self._groups()]
+
+    def _groups(self) -> tuple[Sequence[nn.Linear], Sequence[nn.Linear]]:
+        a, mlp = self._layer.self_attn, self._layer.mlp
+        return (a.q_proj, a.k_proj, a.v_proj), (mlp.gate_proj, mlp.up_proj)
+
+    def refresh(self) -> None:
+        """Take over the weights as they are now, where they were before."""
+        for joined in self._joined:
+            joined.refresh()
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plan = kwargs.get("upturn_plan")
+        if not isinstance(plan, KernelPlan) or not fused.is_usual(self._layer, hidden_states, kwargs):
+            return fused.plain(self._layer, hidden_states, *args, **kwargs)
+        layer, gpu, (cos, sin) = self._layer, kernels(), kwargs["position_embeddings"]
+        before, after, attention, mlp = (
+            layer.input_layernorm,
+            layer.post_attention_layernorm,
+            layer.self_attn,
+            layer.mlp,
+        )
+        x, h = gpu.norm(hidden_states[0], before.weight, before.variance_epsilon)
+        norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        scales = [None if norm is None else norm.weight for norm in norms]
+        eps = tuple(0.0 if norm is None else norm.variance_epsilon for norm in norms)
+        heads, gates = self._joined
+        turn = gpu.Turn(cos[0], sin[0], *scales, eps)
+        attended = plan.turn_and_attend(attention.layer_idx, heads(h), turn, self._heads, self._how)
+        x, h = gpu.norm(x, after.weight, after.variance_epsilon, attention.o_proj(attended))
+        return (x + mlp.down_proj(gpu.silu_mul(gates(h))))[None]
+
+
+class _Joined:
+    """Linear layers with one input as one product, over a copy of their weights."""
+
+    __slots__ = ("_bias", "_parts", "_weight")
+
+    def __init__(self, parts: Sequence[nn.Linear]) -> None:
+        self._parts = parts
+        weight = parts[0].weight
+        rows = sum(part.out_features for part in parts)
+        self._weight = weight.new_empty(rows, weight.shape[1])
+        has_bias = any(part.bias is not None for part in parts)
+        self._bias = weight.new_zeros(rows) if has_bias else None
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        torch.cat([part.weight for part in self._parts], out=self._weight)
+        for part, place in zip(self._parts, self._places(), strict=True):
+            if self._bias is not None and part.bias is not None:
+                self._bias[place] = part.bias
+
+    def _places(self) -> list[slice]:
+        ends = torch.tensor([part.out_features for part in self._parts]).cumsum(0).tolist()
+        return [slice(end - part.out_features, end) for part, end in zip(self._parts, ends, strict=True)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self._weight, self._bias)
+
+
+def gpu_layers(model: nn.Module, held: dict[nn.Module, GpuLayer]) -> dict[nn.Module, GpuLayer]:
+    """The common layers of a model that compute the same here; `held` keeps them with their joined weights."""
+    for layer in fused.layers_of(model):
+        if layer in held:
+            held[layer].refresh()
+        elif fused.is_common(layer) and (how := _computes_the_same(layer)) is not None:
+            held[layer] = GpuLayer(layer, how)
+    return held
+
+
+@torch.inference_mode()
+def _computes_the_same(layer: Any) -> How | None:
+    """How the layer attends, if its own forward and the kernels agree on some numbers."""
+    (x, around), own = fused.probe(layer), fused.Causal()
+    tokens, width = x.shape[1], layer.self_attn.head_dim
+    out = fused.tried(lambda: fused.plain(layer, x, **around, upturn_plan=own))
+    if out is None or own.how is None:
+        return None
+    shape = (layer.self_attn.layer_idx + 1, 1, layer.self_attn.k_proj.out_features // width, 16, width)
+    keys, values = x.new_zeros(shape), x.new_zeros(shape)
+    place_T = torch.arange(tokens, device=x.device, dtype=torch.int32)
+    single = torch.ones_like(place_T)
+    tiles = torch.stack([0 * single, place_T, place_T, single])
+    plan = KernelPlan(keys, values, 0 * single, place_T, tiles)
+    window = How(own.how.scaling, None, own.how.softcap)  # as `Causal` does, whatever the layer's window
+    other = fused.tried(lambda: GpuLayer(layer, window)(x, **around, upturn_plan=plan))
+    return own.how if other is not None and fused.close(out, other) else None

@@ -1,0 +1,312 @@
+"""The kernels of generation on a GPU, in Triton: a decoder layer's small operations, attention over slots, sampling.
+
+The counterpart of `ops` on a CPU. Inference only. Sums are fp32, and no row of a result depends on its neighbours.
+Axes: `T` tokens of a step, `d` width of the model, `H` heads, `D` width of a head, `f` width of the gate.
+
+Import it only where `usable` of the package says so: a build of torch for CPUs comes without Triton.
+"""
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+KEYS = 64
+"""Keys that a program of `attend` takes at once."""
+ROWS = 16
+"""Rows of the smallest matrix product of a GPU: heads that share a key, times tokens."""
+LOGITS = 2048
+"""Logits that a program of `sample` takes at once."""
+INNER = 1024
+"""Numbers of a gate that a program takes."""
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`x [T, d]`, plus `more` where given, and its RMS norm times the weight."""
+    out, width = torch.empty_like(x), x.shape[1]
+    total = x if more is None else torch.empty_like(x)
+    block = triton.next_power_of_2(width)
+    _norm[(len(x),)](x, x if more is None else more, weight, total, out, width, eps, ADD=more is not None, BLOCK=block)
+    return total, out
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """`[T, 2 f] -> [T, f]`: SiLU of the first half times the second."""
+    size, width = len(gate_up), gate_up.shape[1] // 2
+    out = gate_up.new_empty(size, width)
+    _silu_mul[(size, triton.cdiv(width, INNER))](gate_up, out, width, BLOCK=INNER)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """How the heads of a layer are normed and turned before they attend."""
+
+    cos: Tensor
+    """`[T, D]`, as `sin`."""
+    sin: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: tuple[float, float]
+    """Of both norms."""
+
+
+def turn_and_keep(
+    joined: Tensor, turn: Turn, where: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], heads: int
+) -> None:
+    """Norm and rotate queries and keys of `joined [T, (H + 2 Hkv) * D]`; queries stay, the others go to the cache.
+
+    where   slot and place of each token, `[T]` int32
+    cache   keys and values, `[slots, Hkv, length, D]`
+    """
+    (slot, place), (keys, values) = where, cache
+    kv_heads, length, width = keys.shape[1:]
+    plain = turn.cos
+    norms = [plain if scale is None else scale for scale in (turn.q_norm, turn.k_norm)]
+    _turn_and_keep[(len(joined), heads + 2 * kv_heads)](
+        joined,
+        turn.cos,
+        turn.sin,
+        *norms,
+        *turn.eps,
+        slot,
+        place,
+        keys,
+        values,
+        heads,
+        kv_heads,
+        length,
+        width,
+        HAS_Q_NORM=turn.q_norm is not None,
+        HAS_K_NORM=turn.k_norm is not None,
+        HALF=triton.next_power_of_2(width // 2),
+    )
+
+
+def tile_tokens(heads: int, kv_heads: int) -> int:
+    """Tokens of one slot that a program of `attend` takes at once."""
+    return max(4, ROWS // triton.next_power_of_2(heads // kv_heads))
+
+
+def attend(
+    q: Tensor, tiles: Tensor, cache: tuple[Tensor, Tensor], how: tuple[float, float, int], out: Tensor
+) -> None:
+    """Attention of `q [T, H, D]`, each over its slot up to its own place, into `out [T, H, D]`.
+
+    tiles   `[4, N]` int32: slot, first token of the step, its place in the slot, and how many tokens (at most
+            `tile_tokens`, side by side in both); 0 tokens: nothing to do
+    cache   as in `turn_and_keep`; the keys and values of the tokens are there already
+    how     scale, soft cap and window (0: none)
+    """
+    (keys, values), (scale, cap, window) = cache, how
+    kv_heads, length, width = keys.shape[1:]
+    groups, tokens = q.shape[1] // kv_heads, tile_tokens(q.shape[1], kv_heads)
+    assert q.stride(2) == 1 and q.stride(1) == width and out.is_contiguous()
+    _attend[(tiles.shape[1], kv_heads)](
+        q,
+        keys,
+        values,
+        out,
+        tiles,
+        tiles.shape[1],
+        scale,
+        cap,
+        window,
+        q.stride(0),
+        out.stride(0),
+        length,
+        kv_heads,
+        groups,
+        width,
+        GROUPS=triton.next_power_of_2(groups),
+        TOKENS=tokens,
+        WIDTH=max(16, triton.next_power_of_2(width)),
+        BLOCK=KEYS,
+        HAS_CAP=cap > 0,
+        PRECISION="ieee",
+    )
+
+
+def sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Next token of each row of `logits [N, V]` by inversion, and its log-probability at temperature 1, `[N]` each."""
+    rows, size = logits.shape
+    chosen = torch.empty(rows, dtype=torch.long, device=logits.device)
+    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    per_degree = 1 / temperature if temperature else 1.0
+    _sample[(rows,)](
+        logits,
+        uniform,
+        chosen,
+        logprobs,
+        logits.stride(0),
+        size,
+        per_degree,
+        GREEDY=temperature == 0,
+        BLOCK=LOGITS,
+        num_warps=8,
+    )
+    return chosen, logprobs
+
+
+@triton.jit
+def _norm(x, more, weight, total, out, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    row, place = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    seen = place < width
+    value = tl.load(x + row * width + place, mask=seen, other=0.0)
+    if ADD:
+        added = tl.load(more + row * width + place, mask=seen, other=0.0)
+        value = (value.to(tl.float32) + added.to(tl.float32)).to(value.dtype)
+        tl.store(total + row * width + place, value, mask=seen)
+    wide = value.to(tl.float32)
+    scale = tl.math.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+    normed = (wide * scale).to(value.dtype).to(tl.float32)
+    known = tl.load(weight + place, mask=seen, other=0.0).to(tl.float32)
+    tl.store(out + row * width + place, (normed * known).to(value.dtype), mask=seen)
+
+
+@triton.jit
+def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr):
+    row, place = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    seen = place < width
+    gate = tl.load(gate_up + row * 2 * width + place, mask=seen, other=0.0)
+    up = tl.load(gate_up + row * 2 * width + width + place, mask=seen, other=0.0).to(tl.float32)
+    wide = gate.to(tl.float32)
+    silu = (wide / (1 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
+    tl.store(out + row * width + place, (silu * up).to(gate.dtype), mask=seen)
+
+
+@triton.jit
+def _turn_and_keep(
+    joined, cos, sin, q_norm, k_norm, q_eps, k_eps, slot, place, keys, values,
+    heads, kv_heads, length, width,
+    HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    half, lane = width // 2, tl.arange(0, HALF)
+    seen = lane < half
+    at = joined + (token * (heads + 2 * kv_heads) + head) * width + lane
+    one, other = tl.load(at, mask=seen, other=0.0), tl.load(at + half, mask=seen, other=0.0)
+    into = ((tl.load(slot + token).to(tl.int64) * kv_heads) * length + tl.load(place + token)) * width + lane
+    if head >= heads + kv_heads:
+        into += (head - heads - kv_heads) * length * width
+        tl.store(values + into, one, mask=seen)
+        tl.store(values + into + half, other, mask=seen)
+    else:
+        low, high = one.to(tl.float32), other.to(tl.float32)
+        is_key = head >= heads
+        if HAS_Q_NORM:
+            if not is_key:
+                scale = tl.math.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / width + q_eps)
+                low = low * scale * tl.load(q_norm + lane, mask=seen, other=0.0).to(tl.float32)
+                high = high * scale * tl.load(q_norm + half + lane, mask=seen, other=0.0).to(tl.float32)
+        if HAS_K_NORM:
+            if is_key:
+                scale = tl.math.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / width + k_eps)
+                low = low * scale * tl.load(k_norm + lane, mask=seen, other=0.0).to(tl.float32)
+                high = high * scale * tl.load(k_norm + half + lane, mask=seen, other=0.0).to(tl.float32)
+        turned = token * width + lane
+        low_cos = tl.load(cos + turned, mask=seen, other=0.0).to(tl.float32)
+        high_cos = tl.load(cos + turned + half, mask=seen, other=0.0).to(tl.float32)
+        low_sin = tl.load(sin + turned, mask=seen, other=0.0).to(tl.float32)
+        high_sin = tl.load(sin + turned + half, mask=seen, other=0.0).to(tl.float32)
+        low, high = low * low_cos - high * low_sin, high * high_cos + low * high_sin
+        if is_key:
+            into += (head - heads) * length * width
+            tl.store(keys + into, low.to(one.dtype), mask=seen)
+            tl.store(keys + into + half, high.to(one.dtype), mask=seen)
+        else:
+            tl.store(at, low.to(one.dtype), mask=seen)
+            tl.store(at + half, high.to(one.dtype), mask=seen)
+
+
+@triton.jit
+def _attend(
+    q, keys, values, out, tiles, num_tiles, scale, cap, window, q_stride, out_stride,
+    length, kv_heads, groups, width,
+    GROUPS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, head = tl.program_id(0), tl.program_id(1)
+    count = tl.load(tiles + 3 * num_tiles + tile)
+    if count > 0:
+        slot = tl.load(tiles + tile).to(tl.int64)
+        first = tl.load(tiles + num_tiles + tile).to(tl.int64)
+        place = tl.load(tiles + 2 * num_tiles + tile)
+        row, lane, step = tl.arange(0, TOKENS * GROUPS), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
+        token, member = row // GROUPS, row % GROUPS
+        real = ((token < count) & (member < groups))[:, None] & (lane < width)[None, :]
+        which = (head * groups + member)[:, None] * width + lane[None, :]
+        query = tl.load(q + (first + token)[:, None] * q_stride + which, mask=real, other=0.0)
+        begin = (slot * kv_heads + head) * length * width
+        top = tl.full([TOKENS * GROUPS], float("-inf"), tl.float32)
+        total = tl.zeros([TOKENS * GROUPS], tl.float32)
+        sums = tl.zeros([TOKENS * GROUPS, WIDTH], tl.float32)
+        own, last = (place + token)[:, None], place + count
+        start = 0
+        if window > 0:
+            start = tl.maximum(place - window + 1, 0) // BLOCK * BLOCK
+        for left in range(start, last, BLOCK):
+            key = left + step
+            there = (key < last)[:, None] & (lane < width)[None, :]
+            at = begin + key[:, None] * width + lane[None, :]
+            held = tl.load(keys + at, mask=there, other=0.0)
+            scores = tl.dot(query, tl.trans(held), input_precision=PRECISION) * scale
+            if HAS_CAP:
+                scores = cap * (2 / (1 + tl.exp(-2 * scores / cap)) - 1)
+            seen = (key[None, :] <= own) & ((window <= 0) | (own - key[None, :] < window))
+            scores = tl.where(seen, scores, float("-inf"))
+            higher = tl.maximum(top, tl.max(scores, 1))
+            safe = tl.where(higher == float("-inf"), 0.0, higher)
+            weights = tl.exp(scores - safe[:, None])
+            kept = tl.exp(top - safe)
+            total = total * kept + tl.sum(weights, 1)
+            held = tl.load(values + at, mask=there, other=0.0)
+            sums = sums * kept[:, None] + tl.dot(weights.to(held.dtype), held, input_precision=PRECISION)
+            top = higher
+        sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(out + (first + token)[:, None] * out_stride + which, sums.to(query.dtype), mask=real)
+
+
+@triton.jit
+def _sample(
+    logits, uniform, chosen, logprobs, stride, size, per_degree, GREEDY: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row, step = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    at = logits + row * stride
+    top = float("-inf")
+    for left in range(0, size, BLOCK):
+        value = tl.load(at + left + step, mask=left + step < size, other=float("-inf")).to(tl.float32)
+        top = tl.maximum(top, tl.max(value, 0))
+    plain, warm, found = 0.0, 0.0, size
+    for left in range(0, size, BLOCK):
+        value = tl.load(at + left + step, mask=left + step < size, other=float("-inf")).to(tl.float32) - top
+        plain += tl.sum(tl.exp(value), 0)
+        if GREEDY:
+            found = tl.minimum(found, tl.min(tl.where(value == 0, left + step, size), 0))
+        else:
+            warm += tl.sum(tl.exp(value * per_degree), 0)
+    if not GREEDY:
+        # Where the mark falls, block by block; then within that block. The last block that weighs anything, where
+        # rounding leaves the mark behind the sum.
+        mark, before, base, begin, heavy = tl.load(uniform + row) * warm, 0.0, 0.0, -1, 0
+        for left in range(0, size, BLOCK):
+            value = tl.load(at + left + step, mask=left + step < size, other=float("-inf")).to(tl.float32) - top
+            weight = tl.sum(tl.exp(value * per_degree), 0)
+            hit = (begin < 0) & (before + weight > mark)
+            begin, base = tl.where(hit, left, begin), tl.where(hit, before, base)
+            heavy = tl.where(weight > 0, left, heavy)
+            before += weight
+        begin, base = tl.where(begin < 0, heavy, begin), tl.where(begin < 0, before, base)
+        place = begin + step
+        value = tl.load(at + place, mask=place < size, other=float("-inf")).to(tl.float32) - top
+        weights = tl.exp(value * per_degree)
+        found = tl.min(tl.where((base + tl.cumsum(weights, 0) > mark) & (weights > 0), place, size), 0)
+        last = tl.max(tl.where(weights > 0, place, 0), 0)
+        found = tl.where(found < size, found, last)
+    tl.store(chosen + row, found.to(tl.int64))
+    tl.store(logprobs + row, tl.load(at + found).to(tl.float32) - top - tl.log(plain))
