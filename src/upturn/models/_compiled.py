@@ -79,6 +79,7 @@ def by_tokens(*tensors: Tensor | None) -> None:
 
 def _tell(fault: Exception) -> None:
     if not _TOLD:
-        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+        inner = getattr(fault, "inner_exception", fault)
+        reason = (str(inner).strip() or type(inner).__name__).splitlines()[0]
         progress.say(f"torch.compile fails here, so training is slower: {reason}")
     _TOLD.append(fault)
