@@ -61,11 +61,18 @@ class TokenTree:
 
     def to(self, device: torch.device | str) -> TokenTree:
         """The same layout on another device."""
-        moved = {
-            name: getattr(self, name).to(device)
+        tensors = {
+            name: moved(getattr(self, name), device)
             for name in ("ids_T", "positions_T", "ends_T", "predictors_N", "targets_N", "owner_N")
         }
-        return TokenTree(**moved, num_samples=self.num_samples, spans=self.spans, num_row_tokens=self.num_row_tokens)
+        return TokenTree(**tensors, num_samples=self.num_samples, spans=self.spans, num_row_tokens=self.num_row_tokens)
+
+
+def moved(x: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host on another device; nobody waits until it is there."""
+    if torch.device(device).type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def build(samples: Sequence[Sample], *, share: bool = True) -> TokenTree:

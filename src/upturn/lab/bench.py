@@ -172,7 +172,7 @@ class Bench:
         frozen = None if reference is None or reference.key == model.key else reference
         config = {
             "objective": how.objective.dump(),
-            "train": how.train.model_dump(exclude={"save_seconds"}),
+            "train": how.train.key(),
             "requests": asdict(self.requests),
             "chat": CHAT_VERSION,
             "options": self.options.model_dump(),

@@ -9,39 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from upturn.models import _kept, fused
 from upturn.models._attention import How
+from upturn.models._layer_weights import Eps, Weights, weights_of
 from upturn.models._tree_attention import Heads, attend, attend_back
 from upturn.models._tree_plan import TreePlan
 from upturn.models.native import back, ops
-
-
-class _Weights(NamedTuple):
-    """The parameters of a layer, each a weight and, or a norm's, None where there is none."""
-
-    norm: Tensor
-    q: Tensor
-    q_bias: Tensor | None
-    k: Tensor
-    k_bias: Tensor | None
-    v: Tensor
-    v_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    o: Tensor
-    o_bias: Tensor | None
-    mlp_norm: Tensor
-    gate: Tensor
-    gate_bias: Tensor | None
-    up: Tensor
-    up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +31,7 @@ class _Around:
     sin: Tensor
     plan: TreePlan
     how: How
-    eps: tuple[float, float, float, float]
-    """Of both norms of the layer, and of those of queries and keys."""
+    eps: Eps
     width: int
     """Of a head."""
     keeps_gates: bool
@@ -70,21 +47,9 @@ class Fused:
 
     def __init__(self, layer: Any, how: How) -> None:
         self._layer, self.keeps_gates = layer, True
-        a, mlp = layer.self_attn, layer.mlp
-        norms = [getattr(a, name, None) for name in ("q_norm", "k_norm")]
-        before, after = layer.input_layernorm, layer.post_attention_layernorm
-        linear = [
-            (part.weight, part.bias)
-            for part in (a.q_proj, a.k_proj, a.v_proj, a.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        ]
-        q, k, v, o, gate, up, down = linear
-        scales = [None if norm is None else norm.weight for norm in norms]
-        weights: list[Any] = [before.weight, *q, *k, *v, *scales, *o, after.weight, *gate, *up, *down]
-        self._weights = _Weights(*weights)
-        inner = [0.0 if norm is None else norm.variance_epsilon for norm in norms]
-        self._eps = (before.variance_epsilon, after.variance_epsilon, inner[0], inner[1])
+        self._weights, self._eps = weights_of(layer)
         self._how = how
-        self._width = a.head_dim
+        self._width = layer.self_attn.head_dim
         self.piece = _kept.Piece()
 
     def kept_bytes(self, tokens: int) -> list[int]:
@@ -97,7 +62,7 @@ class Fused:
 
     def gates_bytes(self, tokens: int) -> int:
         """What the inputs of the gate take."""
-        return 2 * tokens * len(self._weights.gate) * self._weights.gate.element_size()
+        return self._weights.gates_bytes(tokens)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not fused.is_usual(self._layer, hidden_states, kwargs):
@@ -116,7 +81,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, around: _Around, *weights: Tensor | None) -> Tensor:
-        w = _Weights(*weights)  # type: ignore[arg-type]
+        w = Weights(*weights)  # type: ignore[arg-type]
         keep = partial(around.piece.empty, x, len(x))
         heads, raw = _heads(x, around, w)
         attended = keep(w.o.shape[1])
@@ -135,7 +100,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, all_heads, raw, attended, middle, gate_up, *weights = ctx.saved_tensors
-        w = _Weights(*weights)
+        w = Weights(*weights)
         grads = _Grads(w, ctx.needs_input_grad[2:])
         g_middle = _mlp_back(g.contiguous(), middle, gate_up, ctx.around, w, grads)
         grads.linears("o", g_middle, attended)
@@ -152,7 +117,7 @@ class _Layer(torch.autograd.Function):
         return g_x, None, *grads.tensors
 
 
-def _heads(x: Tensor, around: _Around, w: _Weights) -> tuple[Heads, Tensor | None]:
+def _heads(x: Tensor, around: _Around, w: Weights) -> tuple[Heads, Tensor | None]:
     """Rotated queries and keys, and values; queries and keys before that where a norm of theirs needs them."""
     _, h = ops.norm(x, w.norm, around.eps[0])
     sizes = (len(w.q), len(w.k), len(w.v))
@@ -171,7 +136,7 @@ def _heads(x: Tensor, around: _Around, w: _Weights) -> tuple[Heads, Tensor | Non
     return heads, raw
 
 
-def _gate_up(h: Tensor, w: _Weights, out: Tensor | None = None) -> Tensor:
+def _gate_up(h: Tensor, w: Weights, out: Tensor | None = None) -> Tensor:
     """The inputs of the gate, `[T, d] -> [T, 2 f]`, into `out` where it is given."""
     out = h.new_empty(len(h), 2 * len(w.gate)) if out is None else out
     for part, weight, bias in zip(out.chunk(2, 1), (w.gate, w.up), (w.gate_bias, w.up_bias), strict=True):
@@ -179,7 +144,7 @@ def _gate_up(h: Tensor, w: _Weights, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def _mlp_back(g: Tensor, middle: Tensor, gate_up: Tensor | None, around: _Around, w: _Weights, grads: _Grads) -> Tensor:
+def _mlp_back(g: Tensor, middle: Tensor, gate_up: Tensor | None, around: _Around, w: Weights, grads: _Grads) -> Tensor:
     """The gradient of what enters the gated half of a layer."""
     _, h = ops.norm(middle, w.mlp_norm, around.eps[1])
     g_gate_up, product = back.silu_mul_back(_gate_up(h, w) if gate_up is None else gate_up, back.product(g, w.down))
@@ -192,7 +157,7 @@ def _mlp_back(g: Tensor, middle: Tensor, gate_up: Tensor | None, around: _Around
     return g_middle
 
 
-def _attention_back(g: Tensor, heads: Heads, raw: Tensor | None, around: _Around, w: _Weights, grads: _Grads) -> Heads:
+def _attention_back(g: Tensor, heads: Heads, raw: Tensor | None, around: _Around, w: Weights, grads: _Grads) -> Heads:
     """The gradient of queries, keys and values as the products made them."""
     units, scaling = around.plan.units(around.how.window), around.how.scaling
     g_heads = attend_back(heads, g.view(len(g), -1, around.width), units, around.plan.copies(heads.kv_heads), scaling)
@@ -217,7 +182,7 @@ def _norm_back_(x: Tensor, weight: Tensor, eps: float, g: Tensor, past: Tensor) 
 class _Grads:
     """The gradients of the weights, those that are wanted."""
 
-    def __init__(self, w: _Weights, wanted: tuple[bool, ...]) -> None:
+    def __init__(self, w: Weights, wanted: tuple[bool, ...]) -> None:
         self._wanted = dict(zip(w._fields, wanted, strict=True))
         self._rows = {name: len(weight) for name, weight in w._asdict().items() if weight is not None}
         self._found: dict[str, Tensor] = {}
@@ -237,5 +202,5 @@ class _Grads:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """In the order of `_Weights`, None where none is wanted."""
+        """In the order of `Weights`, None where none is wanted."""
         return tuple(self._found.get(name) if wanted else None for name, wanted in self._wanted.items())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 MEMINFO = Path("/proc/meminfo")
 GROUP = Path("/sys/fs/cgroup")
 
@@ -19,6 +21,13 @@ def free() -> int:
         limit, taken = (int((GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         found.append(limit - taken + _value(GROUP / "memory.stat", "inactive_file"))
     return max(0, min(found, default=0))
+
+
+def free_on(device: torch.device) -> int:
+    """The same of a CUDA device: what nobody has taken, and what torch holds and does not use."""
+    if device.type != "cuda":
+        return free()
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _value(file: Path, name: str) -> int:

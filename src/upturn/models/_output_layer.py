@@ -1,7 +1,8 @@
-"""The output layer of a training on a CPU: log-probs of targets without ever holding the logits.
+"""The output layer of a training: log-probs of targets without ever holding the logits.
 
 Logits are made for some ids of the vocabulary at a time, and again in the backward pass, where they become their own
-gradient in place. So each part of the weight gets its gradient at once, over all targets.
+gradient in place. So each part of the weight gets its gradient at once, over all targets. What is done to a part is
+done by kernels on a CPU, and compiled on CUDA (`_compiled_logits`).
 
 Axes: `N` targets, `d` width of the model, `V` vocabulary.
 """
@@ -9,41 +10,50 @@ Axes: `N` targets, `d` width of the model, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from upturn.models import grad_sums, packed
+from upturn.models import _compiled_logits, grad_sums, packed
 from upturn.models.native import back, ops
 
 IDS = 4096
-"""Ids of the vocabulary per pass. Part of the numerics: policy and reference use the same."""
+"""Ids of the vocabulary per pass on a CPU. Part of the numerics: policy and reference use the same."""
 
 
 def usable(model: nn.Module, hidden: Tensor) -> bool:
-    """Whether the model's output layer is a plain one without bias, cap or scale, where there are kernels."""
+    """Whether the model's output layer is a plain one without bias, cap or scale, on a device that has these passes."""
     layer = cast(Any, model).get_output_embeddings()
     config = cast(Any, model).config.get_text_config()
     bent = getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None)
     if bent or not packed.is_plain(layer) or layer.bias is not None or layer._forward_hooks or layer._forward_pre_hooks:
         return False
-    return ops.usable(hidden) and layer.weight.dtype == hidden.dtype
+    has_passes = hidden.dtype in _compiled_logits.TYPES if hidden.is_cuda else ops.usable(hidden)
+    return has_passes and layer.weight.dtype == hidden.dtype
 
 
 def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities of target ids from hidden states, `[N, d], [V, d], [N] -> [N]` fp32."""
-    if len(targets) and (greatest := int(targets.max())) >= len(weight):
+    """Log-probabilities of target ids from hidden states, `[N, d], [V, d], [N] -> [N]` fp32.
+
+    A target out of the vocabulary is an IndexError on a CPU; on CUDA, where nobody waits to look, it has NaN.
+    """
+    if not hidden.is_cuda and len(targets) and (greatest := int(targets.max())) >= len(weight):
         raise IndexError(f"target {greatest} is out of a vocabulary of {len(weight)}")
+    if hidden.is_cuda and not len(targets):
+        return hidden.float().sum(1)  # nothing, and its gradient
     return cast(Tensor, _LogProbs.apply(hidden, weight, targets))
 
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        top, total, picked = (torch.full((len(targets),), value) for value in (-1e30, 0.0, 0.0))
-        for first, part in _parts(weight):
-            back.logits_seen(back.product(hidden, part.t()), first, targets, (top, total, picked))
+        passes = _passes(hidden)
+        start = (-1e30, 0.0, 0.0 if passes is back else torch.nan)
+        top, total, picked = (torch.full((len(targets),), value, device=hidden.device) for value in start)
+        for first, part in _parts(weight, _ids(passes, len(targets))):
+            passes.logits_seen(passes.product(hidden, part.t()), first, targets, (top, total, picked))
         log_total = top + total.log()
         ctx.save_for_backward(hidden, weight, targets, log_total)
         ctx.weight = weight
@@ -52,7 +62,7 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         hidden, weight, targets, log_total = ctx.saved_tensors
-        g, g_hidden = g.contiguous(), torch.zeros(hidden.shape)
+        g, g_hidden = g.contiguous(), torch.zeros(hidden.shape, device=hidden.device)
         parts = _gradients(hidden, weight, targets, (log_total, g), g_hidden)
         add = grad_sums.adder(ctx.weight) if ctx.needs_input_grad[1] else None
         g_weight = None
@@ -68,14 +78,24 @@ def _gradients(
 ) -> Iterator[Tensor]:
     """The weight's gradient, part by part; that of the hidden states is summed on the way. `known`: `[N]` each, the log
     of the sum of exponentials, and the gradient of the log-probs."""
-    for first, part in _parts(weight):
-        logits = back.product(hidden, part.t())
-        back.logits_back_(logits, first, targets, *known)
-        back.add_gradient(back.product(logits, part), g_hidden, is_first=first == 0)
-        yield back.weight_gradient(logits, hidden)
+    passes = _passes(hidden)
+    for first, part in _parts(weight, _ids(passes, len(targets))):
+        logits = passes.product(hidden, part.t())
+        passes.logits_back_(logits, first, targets, *known)
+        passes.add_gradient(passes.product(logits, part), g_hidden, is_first=first == 0)
+        yield passes.weight_gradient(logits, hidden)
 
 
-def _parts(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _passes(hidden: Tensor) -> ModuleType:
+    """Where the passes over logits stand, for the device."""
+    return _compiled_logits if hidden.is_cuda else back
+
+
+def _ids(passes: ModuleType, targets: int) -> int:
+    return IDS if passes is back else _compiled_logits.ids_of(targets)
+
+
+def _parts(weight: Tensor, ids: int) -> Iterator[tuple[int, Tensor]]:
     """Parts of the vocabulary with their first id."""
-    for place, part in enumerate(weight.split(IDS)):
-        yield place * IDS, part
+    for place, part in enumerate(weight.split(ids)):
+        yield place * ids, part

@@ -4,7 +4,7 @@ CPU    the tree is cut into units: small subtrees, and pieces of the nodes above
        ancestors and its own tokens. Units of similar size are gathered into one padded batch with a dense ancestor
        mask; every linear layer still runs on the flat tokens. Layers of the common kind do this with kernels and
        gradients of their own (`_tree_attention`).
-CUDA   FlexAttention with a block mask over the flat tokens (it has no backward pass on CPU).
+CUDA   FlexAttention with a block mask over the flat tokens (`_flex`; it has no backward pass on CPU).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upturn.models import _flex
 from upturn.models._attention import How, hidden, sdpa
 from upturn.models._tree_attention import Copies, Group, Units, copies
 from upturn.trees import Span, TokenTree
@@ -31,17 +32,30 @@ class TreePlan:
     def __init__(self, tree: TokenTree, *, flex: bool | None = None) -> None:
         self.tree = tree
         self.flex = tree.ids_T.is_cuda if flex is None else flex
-        self._masks: dict[int | None, Any] = {}
+        self._masks: dict[int | None, list[Tensor]] = {}
+        self._blocks: dict[int | None, Any] = {}
         self._units: dict[int | None, Units] = {}
         self._copies: dict[int, Copies] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         """See `Plan`."""
+        if self.flex:
+            window = None if how.window is None or how.window >= self._deepest else how.window  # one that hides some
+            if window not in self._blocks:
+                self._blocks[window] = _flex.block_mask(self.tree, window)
+            if (out := _flex.attend(q, k, v, self._blocks[window], how)) is not None:
+                return out
         if how.window not in self._masks:
-            make = self._block_mask if self.flex else self._dense_masks
-            self._masks[how.window] = make(how.window)
-        masks = self._masks[how.window]
-        return self._flex(q, k, v, masks, how) if self.flex else self._grouped(q, k, v, masks, how)
+            self._masks[how.window] = [hidden(seen[:, None]) for seen in self._visible(how.window)]
+        return self._grouped(q, k, v, self._masks[how.window], how)
+
+    @cached_property
+    def _deepest(self) -> int:
+        """Tokens of the longest path."""
+        depths: list[int] = []
+        for span in self.tree.spans:
+            depths.append(span.length + (depths[span.parent] if span.parent >= 0 else 0))
+        return max(depths, default=0)
 
     @cached_property
     def _groups(self) -> list[tuple[Tensor, Tensor]]:
@@ -75,9 +89,6 @@ class TreePlan:
             self._copies[kv_heads] = copies([keys for _, keys in self._groups], len(self.tree.ids_T), kv_heads)
         return self._copies[kv_heads]
 
-    def _dense_masks(self, window: int | None) -> list[Tensor]:
-        return [hidden(seen[:, None]) for seen in self._visible(window)]
-
     def _visible(self, window: int | None) -> list[Tensor]:
         ends_T, depth_T = self.tree.ends_T, self.tree.positions_T
         masks = []
@@ -100,28 +111,6 @@ class TreePlan:
         order = torch.cat([queries[queries >= 0] for queries, _ in self._groups])
         flat = torch.cat(parts)
         return flat.new_empty(flat.shape).index_copy(0, order, flat)[None]
-
-    def _block_mask(self, window: int | None) -> Any:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        ends_T, depth_T = self.tree.ends_T, self.tree.positions_T
-
-        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            seen = (k <= q) & (q < ends_T[k])
-            return seen if window is None else seen & (depth_T[q] - depth_T[k] < window)
-
-        size = len(self.tree.ids_T)
-        return create_block_mask(visible, None, None, size, size, device=str(self.tree.ids_T.device))
-
-    def _flex(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, how: How) -> Tensor:
-        from torch.nn.attention import flex_attention as flex
-
-        run = _compiled_flex() if q.is_cuda else flex.flex_attention
-        cap = how.softcap
-        score = None if not cap else lambda s, b, h, i, j: cap * torch.tanh(s / cap)
-        grouped = q.shape[1] != k.shape[1]
-        out = run(q, k, v, score_mod=score, block_mask=mask, scale=how.scaling, enable_gqa=grouped)
-        return out.transpose(1, 2)
 
 
 def _units(spans: tuple[Span, ...]) -> list[tuple[list[int], list[int]]]:
@@ -150,14 +139,3 @@ def _units(spans: tuple[Span, ...]) -> list[tuple[list[int], list[int]]]:
 def _padded(rows: list[list[int]], device: torch.device) -> Tensor:
     width = max(len(row) for row in rows)
     return torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=device)
-
-
-_FLEX: list[Any] = []
-
-
-def _compiled_flex() -> Any:
-    if not _FLEX:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        _FLEX.append(torch.compile(flex_attention, dynamic=True))
-    return _FLEX[0]

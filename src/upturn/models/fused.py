@@ -30,8 +30,8 @@ PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 SILU = {"SiLU", "SiLUActivation"}
-CLOSE = {torch.bfloat16: 0.03, torch.float16: 0.004, torch.float32: 1e-4}
-"""Largest difference that rounding explains, relative to the largest number of the output."""
+CLOSE = {torch.bfloat16: 0.03, torch.float16: 0.004, torch.float32: 1e-4, torch.float64: 1e-4}
+"""Largest difference that rounding explains, relative to the largest number of the output; norms compute in fp32."""
 
 
 @contextmanager
@@ -256,9 +256,9 @@ def probe(layer: nn.Module) -> tuple[Tensor, dict[str, Any]]:
     attention: Any = layer.self_attn
     weight: Tensor = attention.q_proj.weight
     generator = torch.Generator().manual_seed(0)
-    x = (torch.randn(1, 5, weight.shape[1], generator=generator) / 64).to(weight)  # so that it hides no branch
+    x = (torch.randn(1, 5, weight.shape[1], generator=generator) / 64).to(weight.dtype)  # so that it hides no branch
     angle = torch.rand(1, 5, attention.head_dim // 2, generator=generator).repeat(1, 1, 2) * 6
-    return x, {"position_embeddings": (angle.cos().to(x), angle.sin().to(x))}
+    return x.to(weight.device), {"position_embeddings": (angle.cos().to(weight), angle.sin().to(weight))}
 
 
 def close(plain: Tensor, other: Tensor) -> bool:

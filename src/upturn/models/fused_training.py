@@ -1,6 +1,7 @@
-"""Decoder layers that learn, in fewer passes over memory and with less of it kept, for training on a CPU.
+"""Decoder layers that learn, in fewer passes over memory and with less of it kept.
 
-The counterpart of `fused` for log-probs of trees: the same kind of layer, one autograd function each (`_fused_layer`).
+The counterpart of `fused` for log-probs of trees: the same kind of layer. On a CPU each is one autograd function over
+kernels (`_fused_layer`), on CUDA two compiled halves around the attention (`_compiled_layer`).
 The inputs of the gate are computed again in the backward pass where memory is short: they are half of what a layer
 holds and a twelfth of a step. Either way gives the same bits. Every weight stays a parameter and gets its own gradient.
 """
@@ -20,33 +21,41 @@ from torch import Tensor, nn
 from upturn import trees
 from upturn.models import _attention, _kept, _memory, _slow, fused
 from upturn.models._attention import How
+from upturn.models._compiled_layer import Compiled
 from upturn.models._fused_layer import Fused
 from upturn.models._tree_plan import TreePlan
 from upturn.models.native import back
 from upturn.types import Sample
 
-SHARE_OF_FREE = 8
-"""The inputs of all gates may take one part in so many of the memory that is free."""
+SHARE_OF_FREE = {"cpu": 8, "cuda": 3}
+"""The inputs of all gates may take one part in so many of the memory that is free. A machine's is shared with others,
+and few such inputs fit a CPU's caches; a CUDA device computes so fast that making them again shows."""
 NEAR = 0.2
 """How far bfloat16 kernels may be from exact ones, relative to the largest number: one that errs is further."""
 
 
+KINDS: dict[str, type[Fused] | type[Compiled]] = {"cpu": Fused, "cuda": Compiled}
+"""What common layers compute with, by device."""
+
+
 @contextmanager
 def fused_training(model: nn.Module, plan: TreePlan) -> Iterator[None]:
-    """Inside, the forward pass of common layers is fused where the plan is that of a CPU. The backward pass may follow
-    outside."""
+    """Inside, the forward pass of common layers is fused where the plan is that of the device. The backward pass may
+    follow outside."""
     _attention.use_plans(model)
-    known = {} if plan.flex else {layer: how for layer in fused.layers_of(model) if (how := _fusable(layer))}
+    device = plan.tree.ids_T.device
+    is_other = plan.flex and device.type == "cpu"
+    known = {} if is_other else {layer: how for layer in fused.layers_of(model) if (how := _fusable(layer))}
     layers: list[Any] = [*known]
     _slow.tell(model, (layer for layer in fused.layers_of(model) or [model] if layer not in known))
     tokens = len(plan.tree.ids_T)
-    made = [Fused(layer, known[layer]) for layer in layers]
-    keeps_gates = SHARE_OF_FREE * sum(one.gates_bytes(tokens) for one in made) <= _memory.free()
+    made = [KINDS[device.type](layer, known[layer]) for layer in layers]
+    share = SHARE_OF_FREE.get(device.type, 1)
+    keeps_gates = share * sum(one.gates_bytes(tokens) for one in made) <= _memory.free_on(device)
     for one in made:
         one.keeps_gates = keeps_gates
     if torch.is_grad_enabled():
-        for one, piece in zip(made, _kept.pieces([one.kept_bytes(tokens) for one in made]), strict=True):
-            one.piece = piece
+        _lay_out([one for one in made if isinstance(one, Fused)], tokens)
     for layer, one in zip(layers, made, strict=True):
         layer.forward = one
     try:
@@ -56,34 +65,50 @@ def fused_training(model: nn.Module, plan: TreePlan) -> Iterator[None]:
             del layer.forward
 
 
+def _lay_out(layers: list[Fused], tokens: int) -> None:
+    """Give each layer the memory for what it keeps."""
+    for one, piece in zip(layers, _kept.pieces([one.kept_bytes(tokens) for one in layers]), strict=True):
+        one.piece = piece
+
+
 def _fusable(layer: nn.Module) -> How | None:
     """How a common layer attends, if it was found to compute the same, gradients too."""
-    if not fused.has_kernels(layer) or layer.self_attn.head_dim > back.MOST_WIDTH:  # type: ignore[union-attr,operator]
+    device = next((weight.device.type for weight in layer.parameters()), "")
+    kind = KINDS.get(device)
+    if kind is None or not fused.is_common(layer):
         return None
-    if layer not in _SEEN:
-        _SEEN[layer] = _computes_the_same(layer)
-    return _SEEN[layer]
+    width: int = layer.self_attn.head_dim  # type: ignore[union-attr,assignment]
+    if kind is Fused and (not fused.has_kernels(layer) or width > back.MOST_WIDTH):
+        return None
+    seen = _SEEN.setdefault(layer, {})
+    if device not in seen:
+        seen[device] = _computes_the_same(layer, kind)
+    return seen[device]
 
 
-_SEEN: WeakKeyDictionary[nn.Module, How | None] = WeakKeyDictionary()
+_SEEN: WeakKeyDictionary[nn.Module, dict[str, How | None]] = WeakKeyDictionary()
+"""By layer and device."""
 
 
-def _computes_the_same(layer: nn.Module) -> How | None:
+def _computes_the_same(layer: nn.Module, kind: type[Fused] | type[Compiled]) -> How | None:
     """Both ways on a tree of two branches: the output, and the gradients of input and weights.
 
-    In fp32, since the rounding of bfloat16 changes some gradients as much as another kind of layer would. What the
-    layer's own type gives need only come near that.
+    Exactly, since the rounding of bfloat16 changes some gradients as much as another kind of layer would: in fp32, and
+    in fp64 on CUDA, where products of fp32 may round like ten bits. What kernels give in the layer's own type need only
+    come near that. Functions are tried before they are compiled.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        exact = fused.tried(lambda: copy.deepcopy(layer).float())
+        is_compiled = issubclass(kind, Compiled)
+        exact = fused.tried(lambda: copy.deepcopy(layer).to(torch.float64 if is_compiled else torch.float32))
         how = None if exact is None else fused.asked_by(exact)
-        if exact is None or how is None or how.softcap:
+        if exact is None or how is None or (how.softcap and not is_compiled):
             return None
-        plan = TreePlan(trees.build([Sample((0,), (1, 2)), Sample((0,), (3, 4))]), flex=False)
+        tree = trees.build([Sample((0,), (1, 2)), Sample((0,), (3, 4))])
+        plan = TreePlan(tree.to(next(layer.parameters()).device), flex=False)
         plain = _learnt(exact, partial(fused.plain, exact), plan)
-        same = _learnt(exact, Fused(exact, how), plan)
-        is_exact = next(layer.parameters()).dtype == torch.float32
-        own = same if is_exact else _learnt(layer, Fused(layer, how), plan)
+        same = _learnt(exact, Compiled(exact, how, is_compiled=False) if is_compiled else Fused(exact, how), plan)
+        has_own = not is_compiled and next(layer.parameters()).dtype != torch.float32
+        own = _learnt(layer, Fused(layer, how), plan) if has_own else same
     if not plain or not same or not own or not all(map(fused.close, plain, same)):
         return None
     return how if all(map(_near, same, own)) else None

@@ -21,6 +21,7 @@ def hidden_states(model: nn.Module, ids_T: Tensor, positions_T: Tensor, plan: _a
     backbone = cast(Any, model).get_decoder()
     out = backbone(
         input_ids=ids_T[None],
+        attention_mask=ids_T.new_zeros(1, 1, 1, 1),  # not read; without one transformers waits for the device
         position_ids=positions_T[None],
         use_cache=False,
         upturn_plan=plan,
@@ -57,7 +58,7 @@ def _tree_states(model: nn.Module, tree: TokenTree, *, flex: bool | None = None)
         return hidden_states(model, tree.ids_T, tree.positions_T, plan)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # tensors of the inference mode would have all layers compiled anew on CUDA
 def tree_kl(model: nn.Module, other: nn.Module, tree: TokenTree) -> Tensor:
     """KL(model || other) of the next-token distributions before every target token, `[N]` nats, fp32."""
     hidden = [_tree_states(m, tree)[tree.predictors_N] for m in (model, other)]

@@ -69,6 +69,10 @@ class Loss:
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Sums over the same weight."""
 
+    def detached(self) -> Loss:
+        """The same numbers, that no gradient can be asked of."""
+        return Loss(self.total.detach(), self.weight, {name: sum_.detach() for name, sum_ in self.metrics.items()})
+
 
 class Objective(Protocol):
     """An objective file holds `Config` and these functions; one that reads `batch.old_N` sets `USES_OLD = True`."""

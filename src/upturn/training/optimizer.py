@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from upturn.training import plan
 from upturn.training._masters import Master, master_of
 
 EPS = 1e-8
+TOGETHER = 2**26
+"""Numbers that torch updates at once, or more where one weight has more: 256 MiB of gradients in fp32."""
 SHORT_BETA1 = 0.95
 """Up to this one the first moment of a bf16 weight is bf16, too. A step moves it by a twentieth of what is new or more,
 so rounding loses changes of less than eight parts in a hundred, four at 0.9 (DeepSeek-V3, arXiv:2412.19437, keeps both
@@ -89,21 +92,19 @@ class MasterAdamW:
         for place, without in enumerate(self.weights):
             if place not in self.grads:
                 self.grads[place] = torch.zeros_like(without)
-        norms = [self._norm(place) for place in range(len(self.weights))]
-        norm = torch.linalg.vector_norm(torch.stack(norms)) / weight
-        factor = (self.cfg.max_grad_norm / (norm + 1e-6)).clamp(max=1) / weight
         native = [place for place, master in enumerate(self.masters) if master.native]
         others = [place for place, master in enumerate(self.masters) if not master.native]
+        norms = [torch.tensor(back.norm_of(self.grads[place])) for place in native]
+        if others:
+            grads = [self.grads[place] for place in others]
+            norms += torch._foreach_norm(grads, 2, dtype=torch.float32)  # type: ignore[attr-defined]
+        norm = torch.linalg.vector_norm(torch.stack(norms)) / weight
+        factor = (self.cfg.max_grad_norm / (norm + 1e-6)).clamp(max=1) / weight
         self.num_updates += 1
         self._update(native, float(factor) if native else 0.0, learning_rate)
-        if others:
-            self._update_by_torch(others, factor, learning_rate)
+        for some in _parts(others, [weight.numel() for weight in self.weights]):
+            self._update_by_torch(some, factor, learning_rate)
         return norm
-
-    def _norm(self, place: int) -> Tensor:
-        if self.masters[place].native:
-            return torch.tensor(back.norm_of(self.grads[place]))
-        return torch.linalg.vector_norm(self.grads[place], dtype=torch.float32)
 
     def _update(self, places: list[int], factor: float, rate: float) -> None:
         """AdamW in one pass over each weight and what belongs to it."""
@@ -116,10 +117,12 @@ class MasterAdamW:
 
     @torch.no_grad()
     def _update_by_torch(self, places: list[int], factor: Tensor, rate: float) -> None:
+        """The same by torch, all these weights in a few launches; nothing waits for a device."""
         values = [self.masters[place].value() for place in places]
-        grads = [self.grads.pop(place).float().mul_(factor) for place in places]
+        grads = _wide([self.grads.pop(place) for place in places])
+        torch._foreach_mul_(grads, factor)  # type: ignore[attr-defined]
         first, second = ([kind[place] for place in places] for kind in (self.exp_avg, self.exp_avg_sq))
-        steps = [torch.tensor(float(self.num_updates - 1), device=grad.device) for grad in grads]
+        steps = list(torch.full((len(places),), float(self.num_updates - 1), device=grads[0].device).unbind())
         cfg = self.cfg
         adamw(
             values,
@@ -137,8 +140,7 @@ class MasterAdamW:
             beta2=cfg.adam_beta2,
             weight_decay=cfg.weight_decay,
         )
-        for place, value in zip(places, values, strict=True):
-            self.masters[place].set(value)
+        torch._foreach_copy_([self.weights[place] for place in places], values)  # type: ignore[attr-defined]
 
     def save(self, path: Path) -> None:
         """Masters and moments as one safetensors file."""
@@ -161,6 +163,27 @@ class MasterAdamW:
                 self.num_updates = int(tensors[f"step/{name}"])
                 self.exp_avg[place].copy_(tensors[f"exp_avg/{name}"])
                 self.exp_avg_sq[place].copy_(tensors[f"exp_avg_sq/{name}"])
+
+
+def _wide(grads: list[Tensor]) -> list[Tensor]:
+    """All in fp32, those that are not as copies."""
+    wide = [grad if grad.dtype == torch.float32 else torch.empty_like(grad, dtype=torch.float32) for grad in grads]
+    pairs = [(new, old) for new, old in zip(wide, grads, strict=True) if new is not old]
+    if pairs:
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))  # type: ignore[attr-defined]
+    return wide
+
+
+def _parts(places: list[int], sizes: list[int]) -> Iterator[list[int]]:
+    """Weights that are updated together, in order: gradients of another type are widened for all of them at once."""
+    part: list[int] = []
+    for place in places:
+        part.append(place)
+        if sum(sizes[one] for one in part) >= TOGETHER:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
 def _first_dtype(master: Master, cfg: plan.Config) -> torch.dtype:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from upturn._model import Strict
+
+TREE_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""Tokens of a micro-batch where the configuration names none: fewer keep a CUDA device waiting for its next launch."""
 
 
 class Config(Strict):
@@ -19,8 +23,8 @@ class Config(Strict):
     """Passes over the examples; a part of a pass is allowed."""
     train_batch_size: int = Field(default=32, ge=1)
     """Examples (pairs, or groups of drafts) per optimizer step, over all micro-batches."""
-    max_tree_tokens: int = Field(default=4096, ge=1)
-    """Tokens of one micro-batch after folding. One prompt's tree is never cut."""
+    max_tree_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of one micro-batch after folding; None: what suits the device. One prompt's tree is never cut."""
     lr_scheduler_type: str = Field(default="cosine", pattern="^(constant|linear|cosine)$")
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -31,6 +35,15 @@ class Config(Strict):
     """Stop after so many optimizer steps."""
     save_seconds: float = Field(default=60.0, ge=0)
     """Time between checkpoints; a kill costs at most this much. Never changes the result."""
+
+    def tree_tokens(self, device: str = "cpu") -> int:
+        """Tokens of one micro-batch on a kind of device."""
+        return self.max_tree_tokens or TREE_TOKENS.get(device, TREE_TOKENS["cpu"])
+
+    def key(self) -> dict[str, Any]:
+        """What tells trainings apart. Where they run does not, so a number of tokens that the device chooses is that of
+        a CPU."""
+        return self.model_dump(exclude={"save_seconds"}) | {"max_tree_tokens": self.tree_tokens()}
 
     @model_validator(mode="after")
     def _betas(self) -> Config:
@@ -47,7 +60,7 @@ class Step:
     epoch: int
 
 
-def steps(sizes: Sequence[int], cfg: Config, seed: int) -> list[Step]:
+def steps(sizes: Sequence[int], cfg: Config, seed: int, device: str = "cpu") -> list[Step]:
     """The whole training as steps. `sizes` are tree tokens per example; an epoch's last batch may be smaller."""
     per_epoch = -(-len(sizes) // cfg.train_batch_size)
     total = max(1, round(per_epoch * cfg.num_train_epochs))
@@ -59,7 +72,7 @@ def steps(sizes: Sequence[int], cfg: Config, seed: int) -> list[Step]:
         random.Random(f"{seed}/{epoch}").shuffle(order)
         for first in range(0, len(order), cfg.train_batch_size):
             chosen = order[first : first + cfg.train_batch_size]
-            planned.append(Step(_micro_batches(chosen, sizes, cfg.max_tree_tokens), epoch))
+            planned.append(Step(_micro_batches(chosen, sizes, cfg.tree_tokens(device)), epoch))
         epoch += 1
     return planned[:total]
 

@@ -149,6 +149,6 @@ def to_device(packed: Packed, device: torch.device) -> Packed:
         return packed
     batch = packed.batch
     names = ("owner_N", "num_tokens_S", "p_P", "reference_S", "reference_N", "old_N", "value_S", "turn_S", "group_S")
-    moved = {name: value.to(device) for name in names if (value := getattr(batch, name)) is not None}
-    rows = {row: where.to(device) for row, where in batch.rows.items()}
-    return Packed(packed.tree.to(device), replace(batch, rows=rows, **moved))
+    tensors = {name: trees.moved(value, device) for name in names if (value := getattr(batch, name)) is not None}
+    rows = {row: trees.moved(where, device) for row, where in batch.rows.items()}
+    return Packed(packed.tree.to(device), replace(batch, rows=rows, **tensors))

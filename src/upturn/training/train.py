@@ -69,7 +69,8 @@ def run(model: nn.Module, job: Job, log: Log, reference: nn.Module | None = None
     """
     model.eval()  # dropout would make policy and reference differ at step 0
     data = _samples(model, job)
-    steps = plan.steps([rows.tree_size(group) for group in data.groups], job.cfg, job.seed)
+    device = next(model.parameters()).device.type
+    steps = plan.steps([rows.tree_size(group) for group in data.groups], job.cfg, job.seed, device)
     sizes = [rows.num_targets(group) for group in data.groups]
     found: dict[str, list[Tensor]] = {}
     still = _frozen_models(model, reference, job)
@@ -170,23 +171,20 @@ class _Trainer:
     def _step(self, number: int) -> dict[str, float]:
         began = time.monotonic()
         step = self.steps[number]
-        total, weight, tree_tokens, row_tokens = 0.0, 0.0, 0, 0
-        sums: dict[str, float] = {}
+        weight, tree_tokens, row_tokens = 0.0, 0, 0
+        losses: list[Loss] = []
         for examples in step.micro_batches:
             packed = rows.to_device(self.data.pack(examples), self.device)
             logprobs_N = policy.tree_logprobs(self.model, packed.tree)
             if number == 0:
                 self._assert_still(logprobs_N.detach(), packed.batch)
             loss: Loss = self.job.objective.loss(logprobs_N, packed.batch, self.job.objective_cfg)
-            value = float(loss.total.detach())
-            if not math.isfinite(value):
-                raise self._not_finite(number, examples, value)
             self.optimizer.backward(loss.total)
-            total, weight = total + value, weight + loss.weight
-            for name, metric in loss.metrics.items():
-                sums[name] = sums.get(name, 0.0) + float(metric)
+            losses.append(loss.detached())
+            weight += loss.weight
             tree_tokens += len(packed.tree.ids_T)
             row_tokens += packed.tree.num_row_tokens
+        sums = self._read(number, losses)
         if not weight:
             raise DataError(
                 f"training {self.job.label}, step {number + 1}",
@@ -197,10 +195,24 @@ class _Trainer:
         norm = float(self.optimizer.step(weight, rate))
         if not math.isfinite(norm):
             raise self._not_finite(number, [p for batch in step.micro_batches for p in batch], norm)
-        entry: dict[str, float] = {"step": number + 1, "loss": total / weight, "grad_norm": norm, "learning_rate": rate}
-        entry |= {name: value / weight for name, value in sums.items()}
+        means = {name: value / weight for name, value in sums.items()}
+        entry: dict[str, float] = {"step": number + 1, "loss": means.pop("loss"), "grad_norm": norm}
+        entry |= {"learning_rate": rate} | means
         seconds = time.monotonic() - began
         return entry | {"num_tokens": tree_tokens, "num_row_tokens": row_tokens, "seconds": round(seconds, 3)}
+
+    def _read(self, number: int, losses: Sequence[Loss]) -> dict[str, float]:
+        """Sums of the losses and of their metrics over a step. A device is asked once, so that it never waits for the
+        next micro-batch."""
+        shown = [{"loss": loss.total} | loss.metrics for loss in losses]
+        named = [(place, name, value) for place, some in enumerate(shown) for name, value in some.items()]
+        values = torch.stack([value for *_, value in named]).tolist()
+        sums: dict[str, float] = {}
+        for (place, name, _), value in zip(named, values, strict=True):
+            if name == "loss" and not math.isfinite(value):
+                raise self._not_finite(number, self.steps[number].micro_batches[place], value)
+            sums[name] = sums.get(name, 0.0) + value
+        return sums
 
     def _assert_still(self, logprobs_N: Tensor, batch: Batch) -> None:
         """At step 0 the policy is its own reference, so every gain must be 0 to the last bit."""
