@@ -9,17 +9,22 @@ import argparse
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 CLOCKS = ("seconds", "cpu_seconds")
 """Wall time, and the processor time of the arm: the fairer one where neighbours share the cores."""
+DEVICES = {"cpu": "cpu", "cuda": "gpu"}
+"""Where arms run, and what rows call it."""
+PATIENCE = 180.0
+"""Seconds that an arm on a GPU may take for one answer, its start included: such machines are lent by the minute."""
 Answer = dict[str, Any]
 
 
@@ -27,21 +32,30 @@ def parser(description: str, quick: str) -> argparse.ArgumentParser:
     """What every comparison is told; `quick` says what is small in a quick one."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--model", default="smollm2-135m")
+    add_device(made)
     made.add_argument("--threads", type=int, default=2)
-    made.add_argument("--clock", choices=CLOCKS, default="seconds")
+    made.add_argument("--clock", choices=CLOCKS, default="seconds", help="cpu_seconds says nothing about a GPU")
     made.add_argument("--quick", action="store_true", help=f"{quick}: a check, not a measurement")
     made.add_argument("--out", type=Path)
     return made
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where the work is done: what was asked for, never what is found."""
+    parser.add_argument("--device", choices=[*DEVICES], default="cpu")
+
+
 class ChildError(RuntimeError):
-    """An arm ended early; the message is the last line that it wrote."""
+    """An arm ended early, or took too long; the message is the last line that it wrote, or the limit."""
 
 
 class Child:
     """A running arm: `python script *arguments`, asked by `ask` until it is closed."""
 
-    def __init__(self, script: str, arguments: Sequence[str], python: str = sys.executable) -> None:
+    def __init__(
+        self, script: str, arguments: Sequence[str], python: str = sys.executable, limit: float | None = None
+    ) -> None:
+        self._limit = limit
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
         self._process = subprocess.Popen(
             [python, str(HERE / script), *arguments],
@@ -60,11 +74,14 @@ class Child:
         self.close()
 
     def ask(self, **question: Any) -> Answer:
-        """Send a question and wait for its answer. Raises ChildError when the arm ends instead."""
+        """Send a question and wait for its answer. Raises ChildError when the arm ends instead, or takes too long."""
         assert self._process.stdin and self._process.stdout
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
+        if self._limit and not select.select([self._process.stdout], [], [], self._limit)[0]:
+            self._process.kill()
+            raise ChildError(f"no answer within {self._limit:g} s")
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
@@ -87,6 +104,36 @@ class Child:
         self._errors.close()
 
 
+class Arms:
+    """The arms of some comparisons by name: on a GPU all start at once and stay, else each starts when it is needed."""
+
+    def __init__(self, starts: Mapping[str, Callable[[], Child]], device: str) -> None:
+        self._starts = starts
+        self._running = {name: start() for name, start in starts.items()} if device == "cuda" else {}
+
+    def __enter__(self) -> Arms:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for name in [*self._running]:
+            self.drop(name)
+
+    @contextlib.contextmanager
+    def of(self, name: str) -> Iterator[Child]:
+        """An arm to be asked; closed afterwards unless all were started at once."""
+        child = self._running.get(name) or self._starts[name]()
+        try:
+            yield child
+        finally:
+            if name not in self._running:
+                child.close()
+
+    def drop(self, name: str) -> None:
+        """Close an arm that is not needed any more."""
+        if child := self._running.pop(name, None):
+            child.close()
+
+
 class Wire:
     """The arm's end. What libraries print goes to stderr, so the answers stay alone on stdout."""
 
@@ -104,8 +151,10 @@ class Wire:
         return json.loads(line) if line else None
 
     def send(self, answer: Mapping[str, Any]) -> None:
-        """Answer a question, with the arm's peak memory so far."""
-        self._out.write(json.dumps({**answer, "peak_mib": round(resident("VmHWM"), 1)}) + "\n")
+        """Answer a question, with the arm's peak memory so far: of its GPU, where it uses one."""
+        device = gpu()
+        peak = device.max_memory_allocated() / 2**20 if device else resident("VmHWM")
+        self._out.write(json.dumps({**answer, "peak_mib": round(peak, 1)}) + "\n")
         self._out.flush()
 
 
@@ -116,16 +165,29 @@ def serve(handle: Callable[[Answer], Answer]) -> None:
         wire.send(handle(question))
 
 
+def gpu() -> Any:
+    """torch.cuda where this process works on it; the arms of other environments need no torch."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch and torch.cuda.is_initialized() else None
+
+
+def wall() -> float:
+    """The time when all that was begun is done, on a GPU as well."""
+    if device := gpu():
+        device.synchronize()
+    return time.perf_counter()
+
+
 class Stopwatch:
     """Wall and processor time since it was made."""
 
     def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        self._wall, self._cpu = wall(), time.process_time()
 
     def read(self) -> Answer:
         """Both times in seconds, as an answer names them."""
-        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
-        return {"seconds": round(wall, 4), "cpu_seconds": round(cpu, 4)}
+        took, cpu = wall() - self._wall, time.process_time() - self._cpu
+        return {"seconds": round(took, 6), "cpu_seconds": round(cpu, 6)}
 
 
 def resident(what: str) -> float:
@@ -141,18 +203,23 @@ def resident(what: str) -> float:
 
 def forget_peak() -> None:
     """Set the high-water mark to what is resident now, so that loading a model does not hide the work."""
+    if device := gpu():
+        device.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def alternate(arms: Mapping[str, Child], repeats: int, question: Mapping[str, Any]) -> dict[str, list[Answer]]:
-    """Ask the arms in turn, A B, B A, A B ...; the first round is a warm-up and is dropped."""
+def alternate(
+    arms: Mapping[str, Child], repeats: int, question: Mapping[str, Any], warmups: int = 1
+) -> dict[str, list[Answer]]:
+    """Ask the arms in turn, A B, B A, A B ...; the first rounds are warm-ups and are dropped."""
     answers: dict[str, list[Answer]] = {name: [] for name in arms}
-    for round_ in range(repeats + 1):
+    for round_ in range(repeats + warmups):
+        is_warm = round_ >= warmups
         for name in arms if round_ % 2 else reversed(list(arms)):
             answer = arms[name].ask(**question, round=round_)
-            if round_:
+            if is_warm:
                 answers[name].append(answer)
-            took = f"{answer['seconds']:.2f} s ({answer['cpu_seconds']:.2f} s of processor time)"
-            print(f"  {name}: {took}{'' if round_ else ', warm-up'}", flush=True)
+            took = f"{answer['seconds']:.4g} s ({answer['cpu_seconds']:.4g} s of processor time)"
+            print(f"  {name}: {took}{'' if is_warm else ', warm-up'}", flush=True)
     return answers

@@ -37,12 +37,13 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
+    _child.add_device(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     progress.set_mode("quiet")
     keep_freed()  # as every stage of a run does
     task = keywords.load(keywords.Config())
-    loaded = load.load(args.model, "bfloat16", device="cpu")
+    loaded = load.load(args.model, "bfloat16", device=args.device)
     talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests(task.refine_request))
 
     def chains(question: dict[str, Any]) -> tuple[local.Local, list[Attempt]]:
@@ -53,7 +54,7 @@ def main() -> None:
 
     def handle(question: dict[str, Any]) -> dict[str, Any]:
         if question.get("profile"):
-            return {"shares": _profile.of(lambda: chains(question))}
+            return {"shares": _profile.of(lambda: chains(question), on_gpu=args.device == "cuda")}
         watch = _child.Stopwatch()
         engine, attempts = chains(question)
         return watch.read() | counts(attempts) | {"forwards": engine.num_forwards}

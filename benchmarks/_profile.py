@@ -44,11 +44,16 @@ def shares(events: Iterable[tuple[str, float]]) -> dict[str, float]:
     return {title: round(took / total, 4) for title, took in sorted(sums.items(), key=lambda item: -item[1])}
 
 
-def of(work: Callable[[], object]) -> dict[str, float]:
-    """Shares of one call, after one to warm up."""
+def of(work: Callable[[], object], *, on_gpu: bool = False) -> dict[str, float]:
+    """Shares of one call, after one to warm up. On a GPU of the time of its kernels, by the operator they belong to."""
     from torch.profiler import ProfilerActivity, profile
 
     work()
+    if on_gpu:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            work()
+        known = [event for event in seen.key_averages() if event.device_type.name == "CPU"]
+        return shares((event.key, event.self_device_time_total) for event in known)
     with _kernels_seen(), profile(activities=[ProfilerActivity.CPU]) as seen:
         work()
     return shares((event.key, event.self_cpu_time_total) for event in seen.key_averages())

@@ -6,7 +6,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, Unpack
 
 import _facts
 
@@ -45,23 +45,32 @@ class Row(Strict):
         return tests[sign]
 
 
+class Said(TypedDict):
+    """What a row says of a peer, and where both ran."""
+
+    version: str
+    options: str
+    goal: NotRequired[str]
+    device: NotRequired[str]
+
+
 def row(name: str, unit: str, ours: float, *, device: str = "cpu", goal: str = "", note: str = "") -> Row:
     """A measured number that has no peer."""
     return Row(name=name, device=device, unit=unit, ours=figures(ours), goal=goal, note=note)
 
 
-def against(name: str, unit: str, ours: float, peer: float, *, version: str, options: str, goal: str = "") -> Row:
+def against(name: str, unit: str, ours: float, peer: float, **said: Unpack[Said]) -> Row:
     """A measured number beside a peer's of the same run."""
     return Row(
         name=name,
-        device="cpu",
+        device=said.get("device", "cpu"),
         unit=unit,
         ours=figures(ours),
         peer=figures(peer),
-        peer_version=version,
-        peer_options=options,
+        peer_version=said["version"],
+        peer_options=said["options"],
         ratio=figures(ours / peer),
-        goal=goal,
+        goal=said.get("goal", ""),
     )
 
 

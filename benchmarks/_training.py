@@ -12,6 +12,7 @@ from typing import Any
 
 import _child
 import _profile
+import _shapes
 import torch
 
 from upturn import trees
@@ -39,9 +40,13 @@ class Profile:
     """Mean tokens of an answer; each is drawn within a quarter of it."""
     prompt: int | None
     """Tokens of a question with its template; None takes the prompts of the task `keywords`."""
+    gpu_pairs: int
+    """As many as keep a GPU busy."""
 
 
-PROFILES = {"keywords": Profile(8, 24, None), "gsm8k": Profile(2, 150, 100)}
+PROFILES = {"keywords": Profile(8, 24, None, 64), "gsm8k": Profile(2, 150, 100, 32)}
+BUDGETS = {"cpu": 4096, "cuda": 16384}
+"""Most tree tokens of a micro-batch, by device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +97,17 @@ class Arm:
     def __init__(self, loaded: load.Loaded, found: Data, *, share: bool, budget: int) -> None:
         self.model, self.data, self.share = loaded.model, found, share
         policy.use_plans(self.model)
-        self.optimizer = MasterAdamW(self.model, plan.Config.model_validate({}))
-        sizes = [len(trees.build(group, share=share).ids_T) for group in found.groups]
-        cfg = plan.Config.model_validate({"train_batch_size": len(sizes), "max_tree_tokens": budget})
-        self.micro_batches = plan.steps(sizes, cfg, 0)[0].micro_batches
+        self.optimizer = self._new_optimizer()
+        self.device = next(self.model.parameters()).device
+        self.sizes = [len(trees.build(group, share=share).ids_T) for group in found.groups]
+        self.micro_batches = self._planned(budget)
+
+    def _new_optimizer(self) -> MasterAdamW:
+        return MasterAdamW(self.model, plan.Config.model_validate({}))
+
+    def _planned(self, budget: int) -> tuple[tuple[int, ...], ...]:
+        cfg = plan.Config.model_validate({"train_batch_size": len(self.sizes), "max_tree_tokens": budget})
+        return plan.steps(self.sizes, cfg, 0)[0].micro_batches
 
     def step(self) -> dict[str, int]:
         """One optimizer step, the pieces in the order of `training.train`; returns what it computed."""
@@ -103,12 +115,13 @@ class Arm:
         counts = {"computed_tokens": 0, "targets": 0, "attention_pairs": 0}
         for chosen in self.micro_batches:
             packed = self._pack(chosen)
-            loss = evolve.loss(policy.tree_logprobs(self.model, packed.tree), packed.batch, CFG)
-            self.optimizer.backward(loss.total)
-            weight += loss.weight
             counts["computed_tokens"] += len(packed.tree.ids_T)
             counts["targets"] += len(packed.tree.targets_N)
             counts["attention_pairs"] += int((packed.tree.positions_T + 1).sum())
+            packed = rows.to_device(packed, self.device)
+            loss = evolve.loss(policy.tree_logprobs(self.model, packed.tree), packed.batch, CFG)
+            self.optimizer.backward(loss.total)
+            weight += loss.weight
         self.optimizer.step(weight, LEARNING_RATE)
         return counts
 
@@ -119,11 +132,20 @@ class Arm:
         return rows.pack(groups, ROWS, [self.data.pairs[place] for place in chosen], cached, share=self.share)
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Time one step; with `profile`, say where its time goes."""
+        """Time one step; with `profile`, say where its time goes; with `budget`, in micro-batches of that size."""
+        if question.get("budget"):
+            self.micro_batches = self._planned(question["budget"])
         if question.get("profile"):
-            return {"shares": _profile.of(self.step)}
+            return {"shares": _profile.of(self.step, on_gpu=self.device.type == "cuda")}
         watch = _child.Stopwatch()
-        found = self.step()
+        try:
+            found: dict[str, Any] = self.step()
+        except torch.OutOfMemoryError:
+            found = {"out_of_memory": True}
+        if "out_of_memory" in found:  # now that the error holds no tensors: forget the gradients so far
+            del self.optimizer
+            torch.cuda.empty_cache()
+            self.optimizer = self._new_optimizer()
         found |= watch.read() | {"micro_batches": len(self.micro_batches)}
         return found | {"logical_tokens": self.data.logical_tokens}
 
@@ -134,6 +156,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", choices=[*PROFILES], default="keywords")
     parser.add_argument("--pairs", type=int, default=0, help="pairs per step; 0: as the profile says")
     parser.add_argument("--threads", type=int, default=2)
+    _child.add_device(parser)
 
 
 def main() -> None:
@@ -141,12 +164,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="An arm of tree_step.py.")
     parser.add_argument("--arm", choices=("tree", "rows"), default="tree")
     parser.add_argument("--max-tree-tokens", type=int, default=4096)
+    parser.add_argument("--shape", choices=[*_shapes.SHAPES], help="random weights of this shape instead of a model")
     add_arguments(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed()  # as every training does
     progress.set_mode("quiet")
-    loaded = load.load(args.model, "bfloat16", device="cpu")
+    loaded = load.load(args.model, "bfloat16", device="cpu" if args.shape else args.device)
+    if args.shape:
+        loaded = _shapes.random(args.shape, loaded, args.device)
     found = data(args.profile, args.pairs, loaded)
     _child.serve(Arm(loaded, found, share=args.arm == "tree", budget=args.max_tree_tokens).answer)
 

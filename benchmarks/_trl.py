@@ -85,11 +85,13 @@ def main() -> None:
     known = {"logical_tokens": found.logical_tokens, "computed_tokens": padded(rows, batch)}
     del loaded.model
     with tempfile.TemporaryDirectory() as folder:
-        options: dict[str, Any] = {"output_dir": folder, "report_to": "none", "save_strategy": "no", "use_cpu": True}
+        options: dict[str, Any] = {"output_dir": folder, "report_to": "none", "save_strategy": "no"}
+        options |= {"use_cpu": args.device == "cpu"}
         options |= {"disable_tqdm": True, "max_steps": FOREVER, "learning_rate": _training.LEARNING_RATE}
         options |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": -(-len(rows) // batch)}
         if args.tuned:
             options |= TUNED | {"model_init_kwargs": {"dtype": args.dtype}, "torch_compile": args.compile}
+            options |= {"use_liger_kernel": args.liger}
         trainer = OnOurRows(
             model=load.resolve(args.model),
             args=DPOConfig(**options),
@@ -105,6 +107,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tuned", action="store_true")
     parser.add_argument("--dtype", default="bfloat16", help="of a tuned run")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--liger", action="store_true", help="layers of liger_kernel")
     parser.add_argument("--batch", type=int, default=8, help="preference rows of one micro-batch; 8 is TRL's default")
     _training.add_arguments(parser)
     return parser.parse_args()

@@ -1,7 +1,8 @@
 """Refinement chains of four turns: our engine against transformers, vLLM and llama.cpp, greedy and at temperature 1.
 
 Measures   the same prompts, contexts (rendered by the same chat), weights in bf16, token limit and threads. Each arm
-           is a process of its own; ours and one peer are up at a time and work in turn. Medians after a warm-up.
+           is a process of its own, and they work in turn: on a CPU ours and one peer are up at a time, on a GPU all
+           start at once. Medians after a warm-up.
 Ours       all prompts and turns mixed in one batch. A peer answers all prompts of a turn in one call, then the next
            turn; the time is that of its calls alone.
 Turns      ours answers turn 1 alone as well; what whole chains take more than that are the later turns.
@@ -15,6 +16,7 @@ import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,13 @@ import _child
 import _facts
 import _rows
 import transformers
-from _child import Answer, Child
+from _child import Answer, Arms, Child
 
 from upturn.models import chat, load
 from upturn.tasks import keywords
 from upturn.types import Draft, Prompt, Requests
 
+TITLE = "chains of four turns"
 FIRST, LATER = ", turn 1", ", later turns"
 GOALS = {
     "generate": {"": ">= 8"},
@@ -42,7 +45,12 @@ NAMES = {
     "vllm": "vLLM",
     "llama.cpp": "llama.cpp",
 }
+VERSION = transformers.__version__
 TEMPERATURES = (0.0, 1.0)
+SIZES = {"cpu": (128, [16, 32, 64, 128]), "cuda": (256, [64, 128, 256])}
+"""By device: prompts and slots, and the batches that `generate` tries."""
+ON_GPU = ("generate", "continuous")
+"""Peers that have an arm there."""
 COUNTED = (*_child.CLOCKS, "drafts", "tokens")
 
 
@@ -61,7 +69,7 @@ class Setting:
         first, whole = (arm.ask(prompts=len(self.prompts), turns=turns, **how) for turns in (1, self.turns))
         return whole | {"first": {key: first[key] for key in COUNTED}}
 
-    def ask_peer(self, arm: Child, temperature: float, seed: int) -> Answer:
+    def ask_peer(self, arm: Child, temperature: float, seed: int, batch: int = 0) -> Answer:
         """All chains turn by turn, as if it were one call: times and counts are sums over the turns."""
         chains: list[list[Draft]] = [[] for _ in self.prompts]
         found: Answer = dict.fromkeys(COUNTED, 0)
@@ -69,6 +77,7 @@ class Setting:
             contexts = [self.talk.context(p.text, c[-1:]) for p, c in zip(self.prompts, chains, strict=True)]
             answer = arm.ask(
                 turn=turn,
+                batch=batch,
                 contexts=[list(context) for context in contexts],
                 temperature=temperature,
                 seed=seed * self.turns + turn,
@@ -98,38 +107,41 @@ def main() -> None:
     setting = Setting(talk, task.prompts("train", 0, args.prompts), args.turns, args.max_new_tokens)
     del loaded
     rows = [
-        _rows.missing(f"chains of four turns, against {NAMES[peer]}", "drafts/s", "gpu", goal=GOALS[peer].get("", ""))
-        for peer in ("generate", "vllm")
+        _rows.missing(f"{TITLE}, against {NAMES[peer]}", "drafts/s", "gpu", goal=GOALS[peer].get("", ""))
+        for peer in ("generate", "continuous", "vllm")
+        if args.device == "cpu"
     ]
     detail: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, Arms(_starts(args, Path(folder)), args.device) as arms:
         for peer in args.peers:
-            detail[peer] = found = compare(args, setting, peer, Path(folder))
-            rows += rows_of(peer, found, args.clock)
+            detail[peer] = found = compare(args, setting, peer, arms)
+            rows += rows_of(peer, found, args)
             _rows.write("chain", rows, detail, args)  # hours in all: a peer that is measured stays so
 
 
-def compare(args: argparse.Namespace, setting: Setting, peer: str, folder: Path) -> dict[str, Any]:
+def compare(args: argparse.Namespace, setting: Setting, peer: str, arms: Arms) -> dict[str, Any]:
     """Ours and one peer in turn, at each temperature."""
     print(f"chains: our engine against {NAMES[peer]}", flush=True)
     try:
-        options, start = _arm(args, setting, peer, folder)
-        found: dict[str, Any] = {"options": options, "version": f"transformers {transformers.__version__}"}
-        ours = Child("_engine.py", ["--model", args.model, "--slots", str(args.slots), "--threads", str(args.threads)])
-        with ours, start() as theirs:
+        batch = _best_batch(args, setting, arms) if peer == "generate" else 0
+        found: dict[str, Any] = {"options": _words(args, peer, batch), "version": f"transformers {VERSION}"}
+        with arms.of("engine") as ours, arms.of(peer) as theirs:
             for temperature in args.temperatures:
-                found[str(temperature)] = _alternate(args, setting, (ours, theirs), temperature)
+                asks: dict[str, Callable[[int], Answer]] = {
+                    "engine": partial(setting.ask_ours, ours, temperature),
+                    "peer": partial(setting.ask_peer, theirs, temperature, batch=batch),
+                }
+                found[str(temperature)] = _alternate(args, temperature, asks)
+        arms.drop(peer)
     except _child.ChildError as error:
         return {"error": str(error)}
     return found
 
 
-def _alternate(args: argparse.Namespace, s: Setting, arms: tuple[Child, Child], temperature: float) -> dict[str, Any]:
+def _alternate(
+    args: argparse.Namespace, temperature: float, asks: dict[str, Callable[[int], Answer]]
+) -> dict[str, list[Answer]]:
     """A B, B A, ...; the first round is a warm-up."""
-    asks: dict[str, Callable[[int], Answer]] = {
-        "engine": lambda seed: s.ask_ours(arms[0], temperature, seed),
-        "peer": lambda seed: s.ask_peer(arms[1], temperature, seed),
-    }
     runs: dict[str, list[Answer]] = {name: [] for name in asks}
     for seed in range(args.repeats + 1):
         for name in asks if seed % 2 else reversed(asks):
@@ -140,55 +152,69 @@ def _alternate(args: argparse.Namespace, s: Setting, arms: tuple[Child, Child], 
     return runs
 
 
-def _arm(args: argparse.Namespace, s: Setting, peer: str, folder: Path) -> tuple[str, Callable[[], Child]]:
-    """How a peer is run, in words and as a process."""
+def _starts(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Child]]:
+    """How our arm starts, and each peer's."""
     threads = ["--threads", str(args.threads)]
-    model = ["--model", args.model, *threads]
-    plain = [*model, "--dtype", args.peer_dtype]
-    if peer == "generate":
-        size = _best_batch(args, s, plain)
-        words = f"{args.peer_dtype}, SDPA, batches of {size}"
-        return words, lambda: Child("_generate.py", [*plain, "--batch", str(size)])
-    if peer == "continuous":
-        return f"{args.peer_dtype}, paged cache of 64k tokens", lambda: Child("_generate.py", [*plain, "--batch", "0"])
-    if peer == "vllm":
+    model = ["--model", args.model, *threads, "--device", args.device]
+    start = partial(Child, limit=_child.PATIENCE if args.device == "cuda" else None)
+    generate = partial(start, "_generate.py", [*model, "--dtype", args.peer_dtype])
+
+    def vllm() -> Child:
         options = ["--folder", load.resolve(args.model), "--slots", str(args.slots), *threads]
-        return "bf16, prefix caching", lambda: Child("_vllm.py", options, args.vllm_python)
-    import _gguf
+        return start("_vllm.py", options, args.vllm_python)
 
-    path = folder / "model.gguf"
-    _gguf.convert(Path(load.resolve(args.model)), path)
-    options = ["--gguf", str(path), "--sequences", str(len(s.prompts)), *threads]
-    words = "the same bf16 weights as GGUF, all prompts of a turn in one batch, cache kept between turns"
-    return words, lambda: Child("_llama_cpp.py", options, args.llama_cpp_python)
+    def llama_cpp() -> Child:
+        import _gguf
+
+        path = folder / "model.gguf"
+        _gguf.convert(Path(load.resolve(args.model)), path)
+        options = ["--gguf", str(path), "--sequences", str(args.prompts), *threads]
+        return start("_llama_cpp.py", options, args.llama_cpp_python)
+
+    peers = {"generate": generate, "continuous": generate, "vllm": vllm, "llama.cpp": llama_cpp}
+    ours = {"engine": partial(start, "_engine.py", [*model, "--slots", str(args.slots)])}
+    return ours | {name: peers[name] for name in args.peers}
 
 
-def _best_batch(args: argparse.Namespace, s: Setting, model: list[str]) -> int:
+def _words(args: argparse.Namespace, peer: str, batch: int) -> str:
+    """How a peer is run."""
+    cache = "64k tokens" if args.device == "cpu" else "its own size, kept between turns with its CUDA graphs"
+    return {
+        "generate": f"{args.peer_dtype}, SDPA, batches of {batch}",
+        "continuous": f"{args.peer_dtype}, SDPA, paged cache of {cache}",
+        "vllm": "bf16, prefix caching",
+        "llama.cpp": "the same bf16 weights as GGUF, all prompts of a turn in one batch, cache kept between turns",
+    }[peer]
+
+
+def _best_batch(args: argparse.Namespace, s: Setting, arms: Arms) -> int:
+    """The fastest size for `generate`, by one run of each."""
     took: dict[int, float] = {}
-    for size in dict.fromkeys(min(size, len(s.prompts)) for size in args.batches):
-        with Child("_generate.py", [*model, "--batch", str(size)]) as arm:
-            took[size] = s.ask_peer(arm, TEMPERATURES[-1], 0)[args.clock]
-        print(f"  generate, batches of {size}: {took[size]:.2f} s", flush=True)
+    with arms.of("generate") as arm:
+        for size in dict.fromkeys(min(size, len(s.prompts)) for size in args.batches):
+            took[size] = s.ask_peer(arm, TEMPERATURES[-1], 0, size)[args.clock]
+            print(f"  generate, batches of {size}: {took[size]:.2f} s", flush=True)
     return min(took, key=took.__getitem__)
 
 
-def rows_of(peer: str, found: dict[str, Any], clock: str) -> Iterator[_rows.Row]:
+def rows_of(peer: str, found: dict[str, Any], args: argparse.Namespace) -> Iterator[_rows.Row]:
     """Drafts and tokens per second at each temperature."""
-    title = "chains of four turns"
+    device = _child.DEVICES[args.device]
     if "error" in found:
         why = f"{_rows.NOT_MEASURED}: {found['error']}"
         for part, goal in GOALS[peer].items():
-            yield _rows.missing(f"{title}{part}, against {NAMES[peer]}", "drafts/s", "cpu", goal=goal, why=why)
+            yield _rows.missing(f"{TITLE}{part}, against {NAMES[peer]}", "drafts/s", device, goal=goal, why=why)
         return
     for temperature in [key for key in found if key not in ("options", "version")]:
         ours, theirs = found[temperature]["engine"], found[temperature]["peer"]
         how = "greedy" if float(temperature) == 0 else f"temperature {float(temperature):g}"
-        said = {"version": theirs[0].get("version", found["version"]), "options": found["options"]}
+        said: _rows.Said = {"version": theirs[0].get("version", found["version"]), "options": found["options"]}
+        said["device"] = device
         for part, unit in [("", "drafts"), ("", "tokens"), (FIRST, "drafts"), (LATER, "drafts")]:
-            rates = [_rate([_part(run, part) for run in runs], unit, clock) for runs in (ours, theirs)]
+            rates = [_rate([_part(run, part) for run in runs], unit, args.clock) for runs in (ours, theirs)]
             goal = GOALS[peer].get(part, "") if unit == "drafts" else ""
-            name = f"{title}{part}, {how}, against {NAMES[peer]}"
-            yield _rows.against(name, f"{unit}/s", *rates, **said, goal=goal)
+            name = f"{TITLE}{part}, {how}, against {NAMES[peer]}"
+            yield _rows.against(name, f"{unit}/s", *rates, **{**said, "goal": goal})
 
 
 def _part(run: Answer, part: str) -> Answer:
@@ -206,17 +232,23 @@ def _arguments() -> argparse.Namespace:
 
     parser = _child.parser("Refinement chains: our engine against peers.", quick="few prompts, one repeat")
     _facts.add_peer_dtype(parser)
-    parser.add_argument("--peers", nargs="+", choices=[*NAMES], default=[*NAMES])
-    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--peers", nargs="+", choices=[*NAMES], default=None)
+    parser.add_argument("--prompts", type=int, default=None)
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5, help="measured runs of each arm")
-    parser.add_argument("--slots", type=int, default=128)
-    parser.add_argument("--batches", type=int, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument("--slots", type=int, default=None)
+    parser.add_argument("--batches", type=int, nargs="+", default=None)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[*TEMPERATURES])
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--vllm-python", default=sys.executable, help="interpreter that can import vllm")
     parser.add_argument("--llama-cpp-python", default=sys.executable, help="interpreter that can import llama_cpp")
     args = parser.parse_args()
+    args.peer_dtype = args.peer_dtype or _facts.fastest_dtype(args.device)
+    args.peers = args.peers or (ON_GPU if args.device == "cuda" else [*NAMES])
+    if args.device == "cuda" and (missing := set(args.peers) - {*ON_GPU}):
+        parser.error(f"no arm on a GPU: {sorted(missing)}")
+    size, batches = SIZES[args.device]
+    args.prompts, args.slots, args.batches = args.prompts or size, args.slots or size, args.batches or batches
     if args.quick:
         args.prompts, args.repeats, args.batches, args.slots = 16, 1, [16], 16
     return args

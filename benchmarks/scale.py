@@ -33,9 +33,10 @@ def main() -> None:
     drafts_fit = line([(p["drafts"], p[args.clock]) for p in chains])
     full = [p for p in steps if p["micro_batches"] > 1]  # a step that fills no micro-batch is smaller than the budget
     peaks = [p["peak_mib"] for p in full or steps]
+    device = _child.DEVICES[args.device]
     rows = [
-        _rows.row("training time is linear in tokens", "R2", time_fit["r2"], goal=LIMIT),
-        _rows.row("generation time is linear in drafts", "R2", drafts_fit["r2"], goal=LIMIT),
+        _rows.row("training time is linear in tokens", "R2", time_fit["r2"], device=device, goal=LIMIT),
+        _rows.row("generation time is linear in drafts", "R2", drafts_fit["r2"], device=device, goal=LIMIT),
         _rows.against(
             f"training memory is flat: {(full or steps)[-1]['pairs']} pairs against {(full or steps)[0]['pairs']}",
             "MiB",
@@ -44,6 +45,7 @@ def main() -> None:
             version="",
             options=f"micro-batches of at most {args.max_tree_tokens} tokens",
             goal=FLAT,
+            device=device,
         ),
     ]
     detail = {"training": steps, "generation": chains, "training_fit": time_fit, "generation_fit": drafts_fit}
@@ -53,7 +55,7 @@ def main() -> None:
 
 def training(args: argparse.Namespace, pairs: int) -> dict[str, Any]:
     """One size of the optimizer step."""
-    options = ["--model", args.model, "--pairs", str(pairs), "--threads", str(args.threads)]
+    options = ["--model", args.model, "--pairs", str(pairs), "--threads", str(args.threads), "--device", args.device]
     with Child("_training.py", [*options, "--max-tree-tokens", str(args.max_tree_tokens)]) as arm:
         arm.ask()
         runs = [arm.ask() for _ in range(args.repeats)]
@@ -65,6 +67,7 @@ def training(args: argparse.Namespace, pairs: int) -> dict[str, Any]:
 def generation(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Chains at every number of prompts, greedy drafts left out: their lengths depend too much on the prompts."""
     options = ["--model", args.model, "--slots", str(args.slots), "--threads", str(args.threads)]
+    options += ["--device", args.device]
     question = {"turns": 4, "temperature": 1.0, "max_new_tokens": 48, "seed": 0}
     points: list[dict[str, Any]] = []
     with Child("_engine.py", options) as arm:

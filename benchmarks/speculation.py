@@ -23,6 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import _child
 import _rows
 import torch
 
@@ -34,7 +35,7 @@ from upturn.tasks import keywords
 from upturn.tracking import progress
 from upturn.types import Attempt, Draft, Prompt, Requests
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+CLOCKS = {"wall": _child.wall, "cpu": time.process_time}
 FEW, COPYING = 8, 2 / 3
 """The goal for a refinement holds for so few chains at a time, where so many words of a draft are kept."""
 COUNTERS = ("num_forwards", "num_tokens_computed", "num_proposed", "num_accepted")
@@ -181,7 +182,7 @@ def main() -> None:
     loaded = load.load(args.model, args.dtype, device=args.device)
     talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests(task.refine_request))
     rows, detail = list[_rows.Row](), dict[str, Any]()
-    device = "cpu" if next(loaded.model.parameters()).device.type == "cpu" else "gpu"
+    device = _child.DEVICES[args.device]
     for temperature in args.temperatures:
         how = sampling.Config(temperature=temperature, max_new_tokens=args.max_new_tokens)
         setting = Setting(loaded.model, talk, how, args.turns, CLOCKS[args.clock])
@@ -230,7 +231,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A refinement turn against a fresh one, with and without speculation.")
     parser.add_argument("--model", default="smollm2-135m", help="short name, hub id or folder")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="auto")
+    _child.add_device(parser)
     parser.add_argument("--chains", type=int, nargs="*", default=[1, 2, 4, 8, 16, 64], help="chains at a time")
     parser.add_argument("--prompts", type=int, default=4, help="chains in all, at least")
     parser.add_argument("--slots", type=int, nargs="*", default=[8, 64], help="slots that are refilled")

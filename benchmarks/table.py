@@ -36,17 +36,21 @@ def main() -> None:
 def read(folder: Path) -> list[dict[str, Any]]:
     """The records that have rows, by name of their file. What nobody has measured yet is told once."""
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    told = set[tuple[str, str]]()
+    known = [_parts(row) for record in records for row in record.get("rows", ()) if row["ours"] is not None]
     for record in records:
         rows, record["rows"] = record.get("rows", ()), []
         for row in rows:
-            what = (row["device"], row["name"])
             if row["ours"] is None:
-                if what in told:
+                if any(_parts(row) <= parts for parts in known):
                     continue
-                told.add(what)
+                known.append(_parts(row))
             record["rows"].append(row)
     return [record for record in records if record["rows"]]
+
+
+def _parts(row: dict[str, Any]) -> set[str]:
+    """The device and the parts of a name; a measured row may say more, such as a temperature, than a missing one."""
+    return {row["device"], *row["name"].split(", ")}
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
@@ -62,20 +66,24 @@ def overview(records: Sequence[dict[str, Any]]) -> Iterable[str]:
         size = _size(record["options"].get("prompts", NO))
         for one in map(_rows.Row.model_validate, record["rows"]):
             if one.goal:
-                found = goals.setdefault((one.device, one.name, one.goal), {}).setdefault(kind(record), {})
+                found = goals.setdefault((one.device, one.name, one.goal), {}).setdefault(kind(record, one), {})
                 found |= {} if one.ours is None else {size: reached(one)}
-    kinds = [name for name in (*KINDS.values(), OTHER) if any(kind(record) == name for record in records)]
+    seen = {name for found in goals.values() for name in found}
+    processors = (*KINDS.values(), OTHER)
+    kinds = [name for name in (*processors, *sorted(seen.difference(processors))) if name in seen]
     yield "### Goals"
     yield ""
-    yield "By kind of processor, **bold** where met; in brackets the number of prompts where several were run."
+    yield "By kind of processor or GPU, **bold** where met; in brackets the number of prompts where several were run."
     yield ""
     yield from _header(("what", "device", "goal", *kinds))
     for (device, name, goal), found in sorted(goals.items(), key=lambda item: item[0][0]):
         yield _line((name, device, goal, *(_by_size(found.get(kind, {})) for kind in kinds)))
 
 
-def kind(record: dict[str, Any]) -> str:
-    """Of the processor that a record was measured on."""
+def kind(record: dict[str, Any], one: _rows.Row) -> str:
+    """Of the GPU that a row was measured on, else of the processor."""
+    if one.device == "gpu" and (name := record["where"].get("gpu")):
+        return next((word for word in name.split() if any(map(str.isdigit, word))), name)
     return next((name for flag, name in KINDS.items() if flag in record["where"]["flags"]), OTHER)
 
 
@@ -100,6 +108,8 @@ def heading(record: dict[str, Any]) -> Iterable[str]:
     clock = "processor time" if record["options"].get("clock") == "cpu_seconds" else "wall time"
     cores = f"{where['cores']} cores, {record['options'].get('threads', where['threads'])} threads"
     machine = f"{where['cpu']} ({where['cpu_id']}), {cores}, {where['memory_gib']} GiB"
+    if where.get("gpu"):
+        machine = f"{where['gpu']} (driver {where['driver']}, CUDA {where['cuda']}); {machine}"
     versions = f"Python {where['python']}, torch {where['torch']}, transformers {where['transformers']}"
     sizes = "".join(f", {name} {_size(record['options'][name])}" for name in SIZES if name in record["options"])
     changed = f" with {where['changed_files']} changed files" if where["changed_files"] else ""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import _child
 import _rows
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from upturn.engines import sampling
 from upturn.engines._slots import Slots, Span, StepPlan
 from upturn.models import fused, load, policy
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+CLOCKS = {"wall": _child.wall, "cpu": time.process_time}
 GRID = [
     *((1, 1, n) for n in (1, 2, 4, 8, 16, 32, 64, 128)),
     *((8, 8, n) for n in (1, 2, 4, 8)),
@@ -85,7 +86,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Seconds of a forward pass by its number of tokens.")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="auto")
+    _child.add_device(parser)
     parser.add_argument("--length", type=int, default=256, help="tokens of a slot, the last 128 of them new at most")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
