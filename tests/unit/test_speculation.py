@@ -163,10 +163,10 @@ class TestLearning:
     def test_misses_end_the_proposals_of_a_full_batch(self):
         proposer = Proposer(Cost(32, 0, 0))
         drafts = [_propose.Copying(begin([range(30)], [END])) for _ in range(64)]
-        assert all(proposer.propose(drafts, [20] * 64))
+        assert all(proposer.propose(drafts, [20] * 64)[0])
         for draft in drafts:
             proposer.learn(draft, accepted=0, proposed=1)
-        assert not any(proposer.propose(drafts, [20] * 64))
+        assert not any(proposer.propose(drafts, [20] * 64)[0])
 
     def test_a_draft_is_known_better_than_its_run(self):
         proposer = Proposer(Cost(32, 0, 0))
@@ -174,7 +174,7 @@ class TestLearning:
         for _ in range(5):
             proposer.learn(copies, accepted=9, proposed=9)
             proposer.learn(rewrites, accepted=0, proposed=9)
-        many, few = proposer.propose([copies, rewrites], [60, 60])
+        (many, few), _ = proposer.propose([copies, rewrites], [60, 60])
         assert len(many) > 4 * len(few)
 
 

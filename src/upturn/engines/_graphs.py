@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from upturn.engines import sampling
 from upturn.engines._passes import BELOW_ONE, Pending
 from upturn.engines._slots import Slots, Span
-from upturn.models import policy
+from upturn.models import _slow, policy
 from upturn.models._gpu_layer import KernelPlan, kernels
 
 SIZES = (8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
@@ -29,6 +29,10 @@ COARSE = 512
 """Longer steps are multiples of this; they keep a GPU busy without a graph."""
 SEEN = 2
 """Steps of a size before it is captured: they have compiled and warmed all that it needs."""
+
+
+BURST = 4
+"""Passes in a row. A draft that ends in the first of them is computed further for nothing; it has some 30 tokens."""
 
 
 class GpuSlots(Slots):
@@ -93,6 +97,7 @@ class GraphPasses:
     cache: GpuSlots
     cfg: sampling.Config
     overlaps = True
+    burst = BURST
     _sizes: dict[tuple[int, int], _Size] = field(default_factory=dict)
     _seen: Counter[tuple[int, int]] = field(default_factory=Counter)
     _where: int = 0
@@ -101,26 +106,42 @@ class GraphPasses:
 
     def start(self, fed: list[int], spans: Sequence[Span], uniforms: np.ndarray) -> Pending:
         """See `Passes`."""
-        self.cache.reserve(max(span.start + span.count for span in spans))
+        by_step = uniforms.reshape(len(uniforms), -1).T
+        self.cache.reserve(max(span.start + span.count for span in spans) + len(by_step) - 1)
         self.cache.flush()
         self._forget_moved()
-        size = self._size(len(fed), sum(span.asked for span in spans))
-        packed = torch.from_numpy(self._packed(size, fed, spans, uniforms)).pin_memory()
+        out = self._pass(fed, spans, by_step[0] if len(uniforms) else uniforms)
+        waiting = _Waiting()
+        waiting.add(out, len(uniforms))
+        for numbers in by_step[1:]:
+            spans = [Span(span.slot, span.start + span.count, 1, 1) for span in spans]
+            out = self._pass(out[0], spans, numbers)
+            waiting.add(out, len(numbers))
+        return waiting.ready()
+
+    def _pass(self, fed: list[int] | Tensor, spans: Sequence[Span], uniforms: np.ndarray) -> tuple[Tensor, Tensor]:
+        """One pass; it feeds ids, or the first of what an earlier one chose."""
+        known = fed if isinstance(fed, list) else []
+        tokens = sum(span.count for span in spans)
+        size = self._size(tokens, sum(span.asked for span in spans))
+        packed = torch.from_numpy(self._packed(size, known, spans, uniforms)).pin_memory()
         size.buffer.copy_(packed, non_blocking=True)
-        if size.graph is not None:
-            size.graph.replay()
-            out = size.out
-        else:
+        if isinstance(fed, Tensor):
+            size.buffer[size.part("ids")][:tokens].copy_(fed[:tokens])
+        if size.graph is None:
             out = self._compute(size)
             self._capture(size)
-        assert out is not None
-        return _Waiting(out, len(uniforms))
+            return out
+        size.graph.replay()
+        assert size.out is not None
+        return size.out
 
     def _forget_moved(self) -> None:
         """Graphs know addresses: of the cache, which may have grown."""
         if self._where != self.cache.keys.data_ptr():
             self._where = self.cache.keys.data_ptr()
             self._sizes.clear()
+            self._pool = None  # it goes with its last graph
 
     def _size(self, tokens: int, asked: int) -> _Size:
         key = _rounded(tokens), _rounded(asked)
@@ -137,8 +158,8 @@ class GraphPasses:
         ends = counts.cumsum()
         packed[size.part("ids")][: len(fed)] = fed
         packed[size.part("slot")].fill(self.cache.size)
-        packed[size.part("slot")][: len(fed)] = slots.repeat(counts)
-        packed[size.part("place")][: len(fed)] = starts.repeat(counts) + _within(counts)
+        packed[size.part("slot")][: ends[-1]] = slots.repeat(counts)
+        packed[size.part("place")][: ends[-1]] = starts.repeat(counts) + _within(counts)
         packed[size.part("asked")][: asked.sum()] = (ends - asked).repeat(asked) + _within(asked)
         packed[size.part("uniform")].view(np.float32)[: len(uniforms)] = uniforms.clip(max=BELOW_ONE)
         tiles = self._tiles(slots, ends - counts, starts, counts)
@@ -182,27 +203,38 @@ class GraphPasses:
                 finally:
                     graph.capture_end()
             size.graph = graph
-        except RuntimeError:  # a layer that waits for the device, or whose kernels cannot be captured
+        except RuntimeError as error:  # a layer that waits for the device, or whose kernels cannot be captured
             self._captures = False
+            _slow.tell_uncaptured(error)
         torch.cuda.current_stream().wait_stream(stream)
 
 
 class _Waiting:
-    """The tokens of a pass, on their way to the CPU."""
+    """The tokens of passes, on their way to the CPU."""
 
     __slots__ = ("_event", "_out")
 
-    def __init__(self, out: tuple[Tensor, Tensor], count: int) -> None:
-        self._out = [torch.empty(count, dtype=part.dtype, pin_memory=True) for part in out]
-        for here, there in zip(self._out, out, strict=True):
-            here.copy_(there[:count], non_blocking=True)
+    def __init__(self) -> None:
+        self._out: list[tuple[Tensor, Tensor]] = []
         self._event = torch.cuda.Event()
-        self._event.record()
 
-    def __call__(self) -> tuple[list[int], list[float]]:
+    def add(self, out: tuple[Tensor, Tensor], count: int) -> None:
+        """Fetch what a pass chose, before the next one writes there."""
+        chosen, logprobs = (torch.empty(count, dtype=part.dtype, pin_memory=True) for part in out)
+        for here, there in zip((chosen, logprobs), out, strict=True):
+            here.copy_(there[:count], non_blocking=True)
+        self._out.append((chosen, logprobs))
+
+    def ready(self) -> _Waiting:
+        """Nothing will be added."""
+        self._event.record()
+        return self
+
+    def __call__(self) -> list[tuple[int, float]]:
+        """Row by row, the steps of each side by side."""
         self._event.synchronize()
-        chosen, logprobs = self._out
-        return chosen.tolist(), logprobs.tolist()
+        chosen, logprobs = (torch.stack(parts, 1).flatten().tolist() for parts in zip(*self._out, strict=True))
+        return list(zip(chosen, logprobs, strict=True))
 
 
 def _rounded(size: int) -> int:

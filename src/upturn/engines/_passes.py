@@ -17,7 +17,7 @@ from upturn.models import policy
 from upturn.models.fused import fused
 from upturn.models.native import on_gpu, ops
 
-Chosen = tuple[list[int], list[float]]
+Chosen = list[tuple[int, float]]
 """Tokens with their log-probs under the unmodified model, one for each token that was asked for."""
 Pending = Callable[[], Chosen]
 """Waits for a pass."""
@@ -30,22 +30,27 @@ class Passes:
 
     overlaps = False
     """Whether a pass runs while the program goes on."""
+    burst = 1
+    """Most passes in a row that need no look at what they choose."""
 
     def __init__(self, model: nn.Module, cache: Slots, cfg: sampling.Config) -> None:
         self.model, self.cache, self.cfg = model, cache, cfg
 
     def start(self, fed: list[int], spans: Sequence[Span], uniforms: np.ndarray) -> Pending:
-        """Feed new tokens, whose keys and values go into the cache; `uniforms` has a number for each asked one."""
+        """Feed new tokens, whose keys and values go into the cache; `uniforms` has a number for each asked one, `[N]`.
+
+        With `[N, steps]` of them as many passes follow each other: each of the later ones feeds what was chosen before.
+        """
         self.cache.reserve(max(span.start + span.count for span in spans))
         device = self.cache.keys.device
         plan = StepPlan(self.cache, spans)
         hidden_T = policy.hidden_states(self.model, torch.tensor(fed, device=device), plan.place_T, plan)
         if not len(uniforms):
-            return lambda: ([], [])
+            return lambda: []
         logits = policy.head(self.model, hidden_T[plan.asked_N])
         uniform_N = torch.tensor(uniforms.clip(max=BELOW_ONE), dtype=torch.float32, device=device)
         chosen, logprobs = sampling.choose(logits, uniform_N, self.cfg.temperature, self.cfg.top_p)
-        found = chosen.tolist(), logprobs.tolist()
+        found = list(zip(chosen.tolist(), logprobs.tolist(), strict=True))
         return lambda: found
 
 
@@ -95,7 +100,9 @@ class Launched:
 
     rows: list[int]
     guesses: list[tuple[int, ...]]
+    steps: int
     pending: Pending
+    """Gives the tokens row by row: one more than was guessed, or one for each step."""
 
 
 def kind_of(cache: Slots) -> str:

@@ -6,6 +6,8 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from upturn.engines._propose import Copying
 from upturn.types import Draft, Kind
 
@@ -27,6 +29,13 @@ class Request:
     cached: int = field(compare=False, default=0)
     token_ids: list[int] = field(compare=False, default_factory=list)
     logprobs: list[float] = field(compare=False, default_factory=list)
+
+    def next_uniforms(self, steps: int) -> Any:
+        """The numbers that choose the next tokens; behind the last possible token, which nobody reads, the last one."""
+        first = len(self.token_ids)
+        found = self.uniforms[first : first + steps]
+        missing = steps - len(found)
+        return np.append(found, self.uniforms[-1:].repeat(missing)) if missing else found
 
     def behind(self, start: int) -> list[int]:
         """Context and answer so far from a place on, without looking at all of them."""

@@ -27,7 +27,7 @@ from torch import nn
 
 from upturn.engines import _base, _propose, sampling
 from upturn.engines._base import Generate
-from upturn.engines._passes import Launched, Pending, Ready, kind_of
+from upturn.engines._passes import Launched, Ready, kind_of
 from upturn.engines._propose import Copying, Proposer
 from upturn.engines._requests import Request, Slot, shared
 from upturn.engines._slots import Span
@@ -198,34 +198,39 @@ class Local:
             self._flying.append(self._launch(rows))
         while len(self._flying) > (1 if halves and rows else 0):
             launched = self._flying.pop(0)
-            sampled = iter(zip(*launched.pending(), strict=True))
+            sampled = iter(launched.pending())
             for row, guess in zip(launched.rows, launched.guesses, strict=True):
-                self._take(row, guess, list(islice(sampled, 1 + len(guess))))
+                self._take(row, guess, list(islice(sampled, launched.steps + len(guess))))
 
     def _launch(self, rows: list[int]) -> Launched:
         """One forward pass: feed what each slot has not seen yet and a guess behind it."""
         running = [self._slots[row].running for row in rows]
-        guesses = self._proposer.propose([r.copying for r in running], [self._room(r) - 1 for r in running])
+        rooms = [self._room(request) for request in running]
+        most = min(self._passes.burst, min(self.longest - len(r.context) - len(r.token_ids) for r in running))
+        guesses, steps = self._proposer.propose([r.copying for r in running], [room - 1 for room in rooms], most)
         fed, spans = list[int](), list[Span]()
         for row, request, guess in zip(rows, running, guesses, strict=True):
             start = len(self._slots[row].ids)
             new = [*request.behind(start), *guess]
             spans.append(Span(row, start, len(new), 1 + len(guess)))
             fed += new
-        numbers = [r.uniforms[len(r.token_ids) :][: s.asked] for r, s in zip(running, spans, strict=True)]
-        return Launched(rows, guesses, self._start(fed, spans, np.concatenate(numbers)))
-
-    def _start(self, fed: list[int], spans: list[Span], uniforms: np.ndarray) -> Pending:
-        self.num_forwards += 1
-        self.num_tokens_computed += len(fed)
-        return self._passes.start(fed, spans, uniforms)
+        if steps > 1:
+            uniforms = np.stack([request.next_uniforms(steps) for request in running])
+        else:
+            numbers = [r.uniforms[len(r.token_ids) :][: s.asked] for r, s in zip(running, spans, strict=True)]
+            uniforms = np.concatenate(numbers)
+        self.num_forwards += steps
+        self.num_tokens_computed += len(fed) + (steps - 1) * len(rows)
+        return Launched(rows, guesses, steps, self._passes.start(fed, spans, uniforms))
 
     def _compute_template(self) -> None:
         """What the first contexts of a run have in common, once: all slots will take it from the first one."""
         contexts = sorted(request.context[:-1] for request in self._queue if len(request.context) < self.longest)
         if len(contexts) > 1 and (size := shared([*contexts[0]], [*contexts[-1]])) >= TEMPLATE_TOKENS:
             self._slots[0].ids = [*contexts[0][:size]]
-            self._start(self._slots[0].ids, [Span(0, 0, size, 1)], np.empty(0))
+            self._passes.start(self._slots[0].ids, [Span(0, 0, size, 1)], np.empty(0))
+            self.num_forwards += 1
+            self.num_tokens_computed += size
 
     def _room(self, request: Request) -> int:
         """How many tokens a running draft may still get."""
@@ -236,16 +241,22 @@ class Local:
         """Append sampled tokens up to the first that was not guessed. What was fed behind it will be overwritten."""
         slot = self._slots[row]
         request, copying = slot.running, slot.running.copying
-        accepted = _propose.num_equal(guess, [token for token, _ in sampled])
-        self._proposer.learn(copying, accepted, len(guess))
-        self.num_proposed += len(guess)
-        self.num_accepted += accepted
-        for token, logprob in sampled[: accepted + 1]:
+        if guess:
+            accepted = _propose.num_equal(guess, [token for token, _ in sampled])
+            self._proposer.learn(copying, accepted, len(guess))
+            self.num_proposed += len(guess)
+            self.num_accepted += accepted
+            sampled = sampled[: accepted + 1]
+        reason = None
+        for token, logprob in sampled:
             request.token_ids.append(token)
             request.logprobs.append(logprob)
-            copying.pointer = copying.pointer.follow(request.token_ids)
+            if copying.pointer.source:
+                copying.pointer = copying.pointer.follow(request.token_ids)
+            if reason := self._reason(request):
+                break
         slot.ids.extend(request.behind(len(slot.ids))[:-1])
-        if reason := self._reason(request):
+        if reason:
             slot.request = None
             self._finish(request, reason)
 

@@ -1,4 +1,5 @@
-"""Says what is needlessly slow: bfloat16 by torch, on a processor that has no instruction for it."""
+"""Says what is needlessly slow: bfloat16 by torch, on a processor that has no instruction for it; passes on a GPU that
+cannot be captured."""
 
 from __future__ import annotations
 
@@ -22,6 +23,12 @@ def tell(model: nn.Module, parts: Iterable[nn.Module]) -> None:
             "this processor has no instructions for bfloat16, and upturn no kernels for layers of this kind here: "
             "dtype float32 is two to eight times as fast"
         )
+
+
+def tell_uncaptured(fault: Exception) -> None:
+    """Passes go on one kernel at a time."""
+    reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+    progress.say(f"this model's passes cannot be captured as CUDA graphs, so they are slower: {reason}")
 
 
 def is_slow(weight: Tensor) -> bool:
