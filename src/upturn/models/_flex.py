@@ -18,6 +18,8 @@ from upturn.trees import TokenTree
 
 BLOCK = 128
 """Tokens of a block of queries, and of keys: what FlexAttention is tuned for."""
+LEAST_WIDTH = 16
+"""Of a head, that the kernel takes."""
 OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
 """A few tokens would be left to another kernel, that of decoding, which has no backward pass."""
 
@@ -70,7 +72,7 @@ def _visible(ends: Tensor, depth: Tensor, window: int | None) -> Any:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, how: How) -> Tensor | None:
-    """`q [1, H, T, D]`, `k, v [1, Hkv, T, D]` -> `[1, T, H, D]`; None where the kernel cannot be compiled.
+    """`q [1, H, T, D]`, `k, v [1, Hkv, T, D]` -> `[1, T, H, D]`; None where no kernel can be compiled.
 
     Without gradients the graph of a training runs, too: another one might give other bits, and log-probs of policy and
     reference must be the same ones.
@@ -78,6 +80,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, how: How) -> Tensor | Non
     numbers = (repr(how.scaling), repr(how.softcap or 0.0))
     if not q.is_cuda:
         return run(q, k, v, mask, *numbers).transpose(1, 2)
+    if q.shape[3] < LEAST_WIDTH:
+        return None
     kernel = _compiled.function(run, q.shape[1], k.shape[1], q.shape[3], q.dtype, *numbers, dynamic=True)
     learns = torch.is_grad_enabled()
     with torch.enable_grad():
