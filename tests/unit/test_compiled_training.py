@@ -109,7 +109,7 @@ def test_attention_by_blocks_is_that_by_units_and_compiles_once_for_a_kind(graph
         tree = wood(seed)
         size = len(tree.ids_T)
         assert seed or -(-size // _flex.BLOCK) == HEADS  # two equal sizes must not be taken for the same
-        q, k, v = (torch.randn(size, heads, 16).transpose(0, 1)[None] for heads in (HEADS, 5, 5))
+        q, k, v = (torch.randn(size, heads, 16).transpose(0, 1)[None].detach() for heads in (HEADS, 5, 5))
         for how, run in made.items():
             expected = TreePlan(tree, flex=False).attend(0, q, k, v, how)
             _flex.only_tokens_vary(q, k, v)
@@ -117,6 +117,20 @@ def test_attention_by_blocks_is_that_by_units_and_compiles_once_for_a_kind(graph
             found = run(q, k, v, _flex.block_mask(tree, how.window), *numbers).transpose(1, 2)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert len(graphs) == len(kinds)
+
+
+@pytest.mark.parametrize("is_view", [False, True])
+def test_what_the_kernel_gets_is_no_view_whether_it_learns_or_not(is_view: bool):
+    whole = torch.randn(5, 3, 16, requires_grad=True)
+    x = whole.transpose(0, 1)[None] if is_view else whole[None] * 1
+    found = _flex._apart(x)
+    assert found._base is None and found.requires_grad and found.stride() == x.stride()
+    assert found.data_ptr() == x.data_ptr()
+    found.square().sum().backward()
+    assert whole.grad is not None and torch.equal(whole.grad, 2 * whole)
+    still = whole.detach().transpose(0, 1)[None]
+    apart = _flex._apart(still)
+    assert apart._base is None and apart.requires_grad and not still.requires_grad
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")

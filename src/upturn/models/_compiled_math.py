@@ -1,9 +1,9 @@
 """The two halves of a common layer around its attention, and their gradients, as functions of tensors to be compiled.
 
 All passes over the tokens that lie between two matrix products become one kernel. What a gradient needs and does not
-get is computed again. Norms, rotation and gate compute in fp32 and round where the layer's own code does. The code is so
-plain that the compiler of any version of torch takes it. Axes: `T` tokens, `d` width of the model, `H` heads, `D` width
-of a head, `f` width of the gate.
+get is computed again. Norms, rotation and gate compute in fp32 and round where the layer's own code does. The code is
+so plain that the compiler of any version of torch takes it. Axes: `T` tokens, `d` width of the model, `H` heads, `D`
+width of a head, `f` width of the gate.
 """
 
 from __future__ import annotations
