@@ -157,3 +157,11 @@ def test_every_pair_is_in_every_epoch_and_the_rate_follows_the_schedule():
     # 1 step of warm-up to the full rate, then a cosine over 3 steps: 1, 3/4, 1/4
     rates = [plan.learning_rate(i, 4, cfg) for i in range(4)]
     assert rates == pytest.approx([1.0, 1.0, 0.75, 0.25])
+
+
+def test_the_device_chooses_the_micro_batch_and_no_key_changes():
+    chosen, given = plan.Config(), plan.Config(max_tree_tokens=10)
+    assert [cfg.tree_tokens(device) for cfg in (chosen, given) for device in ("cpu", "cuda")] == [4096, 16384, 10, 10]
+    assert [len(plan.steps([4096] * 8, chosen, 0, device)[0].micro_batches) for device in ("cpu", "cuda")] == [8, 2]
+    assert chosen.key() == plan.Config(max_tree_tokens=4096).key() != given.key()
+    assert chosen.key()["max_tree_tokens"] == 4096 and "save_seconds" not in chosen.key()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_compiled_training import wood
-from test_fused_training import COMMON, SHAPE, assert_near, error, forest, learnt, plain, tiny
+from test_fused_training import COMMON, assert_near, error, forest, learnt, plain, tiny
 from test_training import fresh, job
 
 from upturn import numerics, trees
@@ -171,7 +171,3 @@ def test_a_training_begins_at_its_own_reference(tiny_model: Path, tmp_path: Path
     train.run(loaded.model, job(loaded, tmp_path, num_train_epochs=6.0, max_tree_tokens=None), entries.append)
     assert entries[0]["improve/rewards/margins"] == 0
     assert entries[-1]["loss"] < entries[0]["loss"]
-
-
-def test_shapes_are_grouped():
-    assert SHAPE["num_attention_heads"] == 2 * SHAPE["num_key_value_heads"]

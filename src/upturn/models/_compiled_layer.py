@@ -59,14 +59,13 @@ class Compiled:
         cos, sin = kwargs["position_embeddings"]
         x, weights, halves = hidden_states[0], self._weights, self._halves
         q, k, v, x = _Enter.apply(x, (cos[0], sin[0]), halves, *weights)  # type: ignore[misc]
-        heads = [part.transpose(0, 1)[None] for part in (q, k, v)]
-        attended = kwargs["upturn_plan"].attend(self._layer.self_attn.layer_idx, *heads, self._how)
+        attended = kwargs["upturn_plan"].attend(self._layer.self_attn.layer_idx, q, k, v, self._how)
         out = _Leave.apply(x, attended.reshape(len(x), -1), halves, self.keeps_gates, *weights)
         return out[None]  # type: ignore[index]
 
 
 class _Enter(torch.autograd.Function):
-    """`x [T, d]` -> queries, keys and values `[T, H, D]`, and `x` again: its gradients meet here, in one pass."""
+    """`x [T, d]` -> queries, keys and values `[1, H, T, D]`, and `x` again: its gradients meet here, in one pass."""
 
     @staticmethod
     def forward(
@@ -75,7 +74,7 @@ class _Enter(torch.autograd.Function):
         q, k, v, raw = halves.enter(*_varying(x, *around), _bare(weights), halves.eps, halves.width)
         ctx.halves = halves
         ctx.save_for_backward(x, raw, *around, *weights)
-        return q, k, v, x
+        return *(part.transpose(0, 1)[None].detach() for part in (q, k, v)), x
 
     @staticmethod
     def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -83,7 +82,8 @@ class _Enter(torch.autograd.Function):
         around = _varying(cos, sin)
         x, raw = _varying(x, raw)
         more = (_bare(weights), ctx.halves.eps, ctx.needs_input_grad[3:])
-        g_x, grads = ctx.halves.enter_back(_varying(*gs), x, raw, around, *more)
+        by_token = (*(g[0].transpose(0, 1).contiguous() for g in gs[:3]), gs[3].contiguous())
+        g_x, grads = ctx.halves.enter_back(_varying(*by_token), x, raw, around, *more)
         return g_x, None, None, *grads
 
 

@@ -6,7 +6,7 @@ later ones: no table of queries and keys is ever made. Axes: `T` tokens, `n` blo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from upturn.trees import TokenTree
 
 BLOCK = 128
 """Tokens of a block of queries, and of keys: what FlexAttention is tuned for."""
+LEAST_WIDTH = 16
+"""Of a head, that the kernel takes."""
 OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
 """A few tokens would be left to another kernel, that of decoding, which has no backward pass."""
 
@@ -70,7 +72,7 @@ def _visible(ends: Tensor, depth: Tensor, window: int | None) -> Any:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, how: How) -> Tensor | None:
-    """`q [1, H, T, D]`, `k, v [1, Hkv, T, D]` -> `[1, T, H, D]`; None where the kernel cannot be compiled.
+    """`q [1, H, T, D]`, `k, v [1, Hkv, T, D]` -> `[1, T, H, D]`; None where no kernel can be compiled.
 
     Without gradients the graph of a training runs, too: another one might give other bits, and log-probs of policy and
     reference must be the same ones.
@@ -78,10 +80,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, how: How) -> Tensor | Non
     numbers = (repr(how.scaling), repr(how.softcap or 0.0))
     if not q.is_cuda:
         return run(q, k, v, mask, *numbers).transpose(1, 2)
+    if q.shape[3] < LEAST_WIDTH:
+        return None
     kernel = _compiled.function(run, q.shape[1], k.shape[1], q.shape[3], q.dtype, *numbers, dynamic=True)
     learns = torch.is_grad_enabled()
     with torch.enable_grad():
-        parts = [x if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v)]
+        parts = [_apart(x) for x in (q, k, v)]
         only_tokens_vary(*parts)
         out = kernel.tried(*parts, mask, *numbers)
     if out is None:
@@ -89,13 +93,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, how: How) -> Tensor | Non
     return out.transpose(1, 2) if learns else out.detach().transpose(1, 2)
 
 
+def _apart(x: Tensor) -> Tensor:
+    """Learns, and is no view."""
+    if not x.requires_grad:
+        return x.detach().requires_grad_()
+    return x if x._base is None else cast(Tensor, _Apart.apply(x))
+
+
+class _Apart(torch.autograd.Function):
+    """The same tensor, no longer a view of another one: the compiler tells views from others, and what is computed
+    without gradients would not be run by the same code."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return g
+
+
 def only_tokens_vary(*heads: Tensor) -> None:
-    """All other sizes are compiled in, also those of what these are views of: one that happens to equal the number of
-    blocks would be taken for it."""
+    """All other sizes are compiled in: one that happens to equal the number of blocks would be taken for it."""
     for part in heads:
-        for x in (part, part._base):
-            if x is not None:
-                torch._dynamo.mark_static(x, [i for i, size in enumerate(x.shape) if size != part.shape[2]])
+        torch._dynamo.mark_static(part, [0, 1, 3])
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: str, softcap: str) -> Tensor:
