@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Child:
     def __init__(
         self, script: str, arguments: Sequence[str], python: str = sys.executable, limit: float | None = None
     ) -> None:
-        self._limit = limit
+        self._limit, self._sent, self._fault = limit, 0.0, ""
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
         self._process = subprocess.Popen(
             [python, str(HERE / script), *arguments],
@@ -75,20 +75,35 @@ class Child:
 
     def ask(self, **question: Any) -> Answer:
         """Send a question and wait for its answer. Raises ChildError when the arm ends instead, or takes too long."""
-        assert self._process.stdin and self._process.stdout
+        self.send(**question)
+        return self.answer()
+
+    def send(self, **question: Any) -> None:
+        """Send a question; `answer` has to follow."""
+        assert self._process.stdin
+        self._sent = time.monotonic()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
-        if self._limit and not select.select([self._process.stdout], [], [], self._limit)[0]:
-            self._process.kill()
-            raise ChildError(f"no answer within {self._limit:g} s")
-        line = self._process.stdout.readline()
+
+    def answer(self) -> Answer:
+        """Wait for the answer to what was sent."""
+        assert self._process.stdout
+        if self._limit and not self._fault:
+            left = max(0.0, self._sent + self._limit - time.monotonic())
+            if not select.select([self._process.stdout], [], [], left)[0]:
+                self._process.kill()
+                self._fault = f"no answer within {self._limit:g} s"
+        line = "" if self._fault else self._process.stdout.readline()
         if not line:
-            self._process.wait()
-            self._errors.seek(0)
-            said = [line.strip() for line in self._errors if line.strip()]
-            raise ChildError(said[-1] if said else f"exit code {self._process.returncode}")
+            raise ChildError(self._fault or self._last_words())
         return json.loads(line)
+
+    def _last_words(self) -> str:
+        self._process.wait()
+        self._errors.seek(0)
+        said = [line.strip() for line in self._errors if line.strip()]
+        return said[-1] if said else f"exit code {self._process.returncode}"
 
     def close(self) -> None:
         """End the arm."""
@@ -127,6 +142,18 @@ class Arms:
         finally:
             if name not in self._running:
                 child.close()
+
+    def warm(self, names: Iterable[str], **question: Any) -> None:
+        """Ask those that run at the same time, for what only a first answer takes, such as compiling.
+
+        Who fails says so again when asked alone.
+        """
+        asked = [self._running[name] for name in names if name in self._running]
+        for child in asked:
+            child.send(**question)
+        for child in asked:
+            with contextlib.suppress(ChildError):
+                child.answer()
 
     def drop(self, name: str) -> None:
         """Close an arm that is not needed any more."""

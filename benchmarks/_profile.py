@@ -50,11 +50,11 @@ def of(work: Callable[[], object], *, on_gpu: bool = False) -> dict[str, float]:
 
     work()
     if on_gpu:
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
             work()
         known = [event for event in seen.key_averages() if event.device_type.name == "CPU"]
         return shares((event.key, event.self_device_time_total) for event in known)
-    with _kernels_seen(), profile(activities=[ProfilerActivity.CPU]) as seen:
+    with _kernels_seen(), profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
         work()
     return shares((event.key, event.self_cpu_time_total) for event in seen.key_averages())
 

@@ -46,6 +46,7 @@ def main() -> None:
     args = _arguments()
     torch.set_num_threads(args.threads)
     with Arms(_starts(args), args.device) as arms:
+        arms.warm(["training", *args.shapes], budget=BUDGETS[-1])
         s = _roofline.shape(load.load(args.model, "bfloat16", device="cpu").model.config)
         works = {"training step": training(args, s, arms), "generation": generation(args, s, arms)}
         steps = {shape: utilisation(args, shape, arms) for shape in args.shapes}
@@ -137,7 +138,7 @@ def fastest(work: Callable[[], object], args: argparse.Namespace) -> float:
 def training(args: argparse.Namespace, s: _roofline.Shape, arms: Arms) -> Found:
     """Work and seconds of one optimizer step on the profile `keywords`."""
     with arms.of("training") as arm:
-        arm.ask()
+        arm.ask(budget=_training.BUDGETS[args.device])
         runs: list[Answer] = [arm.ask() for _ in range(args.repeats)]
         shares = _shares(arm)
     arms.drop("training")
@@ -189,10 +190,8 @@ def _starts(args: argparse.Namespace) -> dict[str, Callable[[], Child]]:
     """How each arm starts."""
     common = ["--model", args.model, "--threads", str(args.threads), "--device", args.device]
     start = partial(Child, limit=_child.PATIENCE if args.device == "cuda" else None)
-    budget = ["--max-tree-tokens", str(_training.BUDGETS[args.device])]
-    step = ["--pairs", str(args.pairs), *budget]
     starts = {
-        "training": partial(start, "_training.py", [*common, *step]),
+        "training": partial(start, "_training.py", [*common, "--pairs", str(args.pairs)]),
         "generation": partial(start, "_engine.py", [*common, "--slots", str(args.slots)]),
     }
     pairs = _training.PROFILES["gsm8k"].gpu_pairs

@@ -1,11 +1,9 @@
-"""The benchmark room: formulas worked by hand, the protocol of arms, the table writer."""
+"""The benchmark room: formulas worked by hand, the table writer, pieces of single benchmarks."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -97,61 +95,7 @@ def test_the_profile_sees_kernels():
     assert ops.sample is kernel
 
 
-# arms
-
-ARM = """
-import sys; sys.path.insert(0, {path!r})
-import _child
-def handle(question):
-    print("a library talks")
-    return {{"seconds": 1.0, "cpu_seconds": 0.5, "twice": 2 * question["x"]}}
-_child.serve(handle)
-"""
-
-
-def test_an_arm_answers_and_what_it_prints_does_not_matter(tmp_path: Path):
-    child = module("_child")
-    (tmp_path / "arm.py").write_text(ARM.format(path=str(BENCHMARKS)))
-    with child.Child(str(tmp_path / "arm.py"), []) as arm:
-        first, second = arm.ask(x=3), arm.ask(x=4)
-    assert (first["twice"], second["twice"]) == (6, 8)
-    assert first["peak_mib"] > 1
-
-
-def test_an_arm_that_fails_says_why(tmp_path: Path):
-    child = module("_child")
-    (tmp_path / "arm.py").write_text("raise SystemExit('no such thing as vllm here')")
-    with child.Child(str(tmp_path / "arm.py"), []) as arm, pytest.raises(child.ChildError, match="no such thing"):
-        arm.ask()
-
-
-def test_arms_alternate_and_the_first_round_is_dropped(capsys: pytest.CaptureFixture[str]):
-    order: list[str] = []
-
-    class Fake:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def ask(self, round: int) -> dict[str, Any]:
-            order.append(self.name)
-            return {"seconds": round, "cpu_seconds": round}
-
-    answers = module("_child").alternate({"a": Fake("a"), "b": Fake("b")}, 2, {})
-    assert order == ["b", "a", "a", "b", "b", "a"]
-    assert [run["seconds"] for run in answers["a"]] == [1, 2]
-
-
-def test_the_peak_is_that_of_the_work():
-    """In a process of its own: here, memory that earlier tests freed may be there to be used again."""
-    work = """
-import _child
-_child.forget_peak()
-before = _child.resident("VmHWM")
-block = b"x" * (64 * 2**20)
-print(_child.resident("VmHWM") - before)
-"""
-    done = subprocess.run([sys.executable, "-c", work], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
-    assert 50 < float(done.stdout) < 100
+# sums of what was measured
 
 
 def test_stages_are_added_up_by_kind_and_generated_tokens_counted():
@@ -231,6 +175,26 @@ def test_goals_stand_side_by_side_for_each_kind_of_processor():
     ]
 
 
+def test_a_gpu_has_a_column_of_its_own_and_what_it_measured_is_not_missing(tmp_path: Path):
+    rows, table = module("_rows"), module("table")
+    said = {"version": "", "options": "", "goal": ">= 8", "device": "gpu"}
+    names = ("chains, against it", "chains, greedy, against it", "chains, against another")
+    of_cpu = record([rows.missing(name, "x", "gpu", goal=">= 8") for name in names[::2]], flags=["avx2"])
+    of_gpu = record([rows.against(names[1], "x", 9, 1, **said), rows.row("wait", "s", 1, goal="< 2")], flags=["avx2"])
+    of_gpu["where"] |= {"gpu": "NVIDIA H100 80GB HBM3", "driver": "1.2", "cuda": "13.0"}
+    for place, one in enumerate((of_cpu, of_gpu)):
+        (tmp_path / f"{place}.json").write_text(json.dumps(one))
+    records = table.read(tmp_path)
+    assert list(table.overview(records))[-5:] == [
+        "| what | device | goal | AVX2 | H100 |",
+        "|---|---|---|---|---|",
+        "| wait | cpu | < 2 | **1** | – |",
+        "| chains, against another | gpu | >= 8 | – | – |",
+        "| chains, greedy, against it | gpu | >= 8 | – | **9** |",
+    ]
+    assert "NVIDIA H100 80GB HBM3 (driver 1.2, CUDA 13.0); A CPU" in "\n".join(table.heading(records[1]))
+
+
 def test_a_quick_check_is_named_as_such():
     table = module("table")
     assert "quick check" in "\n".join(table.heading(record([], quick=True)))
@@ -288,6 +252,20 @@ def test_our_arm_steps_and_counts(tiny_model: Path, share: bool):
     assert (answer["computed_tokens"] < found.logical_tokens) is share
     assert answer["targets"] == 3 * sum(len(p.chosen.token_ids) + len(p.rejected.token_ids) for p in found.pairs)
     assert any(not torch.equal(old, new) for old, new in zip(before, loaded.model.parameters(), strict=True))
+
+
+def test_a_random_model_has_the_weights_that_the_formula_counts(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    shapes, roofline = module("_shapes"), module("_roofline")
+    load = importlib.import_module("upturn.models.load")
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setitem(shapes.SHAPES, "small", small | {"intermediate_size": 48})
+    made = shapes.random("small", load.load(str(tiny_model), "float32", device="cpu"), "cpu").model
+    s = roofline.shape(shapes.config("small"))
+    assert s.layer_weights == sum(p.numel() for n, p in made.named_parameters() if "layers" in n and p.dim() == 2)
+    assert s.head_weights == made.get_input_embeddings().weight.numel()  # tied: the output layer is the same weight
+    assert {p.dtype for p in made.parameters()} == {torch.bfloat16}
+    billions = [roofline.shape(shapes.config(f"qwen2.5-{size}b")).layer_weights / 1e9 for size in (0.5, 1.5)]
+    assert billions == pytest.approx([0.36, 1.31], abs=0.01)
 
 
 def test_a_converted_model_rotates_neighbours():
