@@ -129,7 +129,8 @@ class Arm:
         groups = [self.data.groups[place] for place in chosen]
         zeros = torch.zeros(sum(rows.num_targets(group) for group in groups))  # the reference is computed once, before
         cached = rows.Cached(reference_N=zeros)
-        return rows.pack(groups, ROWS, [self.data.pairs[place] for place in chosen], cached, share=self.share)
+        examples, most = [self.data.pairs[place] for place in chosen], rows.root_tokens(self.device)
+        return rows.pack(groups, ROWS, examples, cached, share=self.share, root_tokens=most)
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         """Time one step; with `profile`, say where its time goes; with `budget`, in micro-batches of that size."""

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from upturn.types import Sample
 
+SHORT = 8
+"""A root is copied where it is no more than one part in so many of what its copies may hold."""
+
 
 @dataclass(slots=True)
 class _Node:
@@ -75,10 +78,11 @@ def moved(x: Tensor, device: torch.device | str) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True)
 
 
-def build(samples: Sequence[Sample], *, share: bool = True) -> TokenTree:
+def build(samples: Sequence[Sample], *, share: bool = True, root_tokens: int | None = None) -> TokenTree:
     """Fold samples into one batch.
 
-    `share=False` lays every sample out as a tree of its own (separate rows), for tests and benchmarks.
+    share         False lays every sample out as a tree of its own (separate rows), for tests and benchmarks
+    root_tokens   a tree of more tokens becomes several, where their common beginning is short
     Raises ValueError for an empty context, since nothing could predict the first target token.
     """
     for place, sample in enumerate(samples):
@@ -90,6 +94,10 @@ def build(samples: Sequence[Sample], *, share: bool = True) -> TokenTree:
         _insert(root, sample.context + sample.target)
     paths = [_path(root, s.context + s.target) for root, s in zip(above, samples, strict=True)]
     top = [child for root in (above[:1] if share else above) for child in root.children.values()]
+    if root_tokens is not None:
+        parts = {id(root): _parts(root, root_tokens) for root in top}
+        paths = [[_part_of(path, parts[id(path[0])]), *path[1:]] for path in paths]
+        top = [part for root in top for part in parts[id(root)]]
     return _lay_out(samples, top, paths)
 
 
@@ -123,6 +131,30 @@ def _path(root: _Node, ids: tuple[int, ...]) -> list[_Node]:
         path.append(node)
         at += len(node.ids)
     return path
+
+
+def _parts(root: _Node, most: int) -> list[_Node]:
+    """The tree as trees of at most so many tokens, with a copy of the root each; as it is where that is long itself."""
+    if len(root.ids) * SHORT > most:
+        return [root]
+    parts, room = [_Node(root.ids)], most
+    for first, child in root.children.items():
+        size = _size(child)
+        if size > room and parts[-1].children:
+            parts.append(_Node(root.ids))
+            room = most
+        parts[-1].children[first] = child
+        room -= size
+    return parts
+
+
+def _part_of(path: list[_Node], parts: list[_Node]) -> _Node:
+    """The copy of a root that a path goes through."""
+    return next(part for part in parts if len(path) == 1 or path[1].ids[0] in part.children)
+
+
+def _size(node: _Node) -> int:
+    return len(node.ids) + sum(_size(child) for child in node.children.values())
 
 
 def _lay_out(samples: Sequence[Sample], top: list[_Node], paths: list[list[_Node]]) -> TokenTree:

@@ -121,6 +121,24 @@ def test_the_pair_tree_has_the_token_count_of_the_formula():
     assert tree.num_row_tokens == 6 * 2 + 5 * 3 + 5 * 3 + 4 * 1
 
 
+def test_a_long_tree_becomes_several_with_the_same_logprobs():
+    model, begin = tiny("llama"), (1, 2)
+    rows = [Sample(begin, (3,))]
+    rows += [Sample((*begin, 10 + place), (30 + turn, 5, 6)) for place in range(6) for turn in range(2)]
+    whole, cut = trees.build(rows), trees.build(rows, root_tokens=16)
+    assert [span.length for span in whole.spans if span.parent < 0] == [2]
+    sizes = [span.stop - span.start for span in cut.spans if span.parent < 0]
+    assert sizes == [2 + 1 + 2 * 7, 2 + 2 * 7, 2 + 2 * 7]
+    torch.testing.assert_close(policy.tree_logprobs(model, cut), policy.tree_logprobs(model, whole))
+    assert torch.equal(cut.targets_N, whole.targets_N)
+    assert torch.equal(cut.owner_N, whole.owner_N)
+
+
+def test_a_tree_with_a_long_root_stays_whole():
+    rows = [Sample(tuple(range(10, 20)), (30 + place, 5)) for place in range(9)]
+    assert len(trees.build(rows, root_tokens=40).ids_T) == len(trees.build(rows).ids_T)
+
+
 def test_a_changed_neighbour_changes_nothing():
     model = tiny("llama")
     mine = Sample((5, 6, 7), (8, 9))

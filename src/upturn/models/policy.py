@@ -21,7 +21,6 @@ def hidden_states(model: nn.Module, ids_T: Tensor, positions_T: Tensor, plan: _a
     backbone = cast(Any, model).get_decoder()
     out = backbone(
         input_ids=ids_T[None],
-        attention_mask=ids_T.new_zeros(1, 1, 1, 1),  # not read; without one transformers waits for the device
         position_ids=positions_T[None],
         use_cache=False,
         upturn_plan=plan,

@@ -109,10 +109,12 @@ def pack(
     cached: Cached = Cached(),
     *,
     share: bool = True,
+    root_tokens: int | None = None,
 ) -> Packed:
-    """One batch of several examples, each given as its samples: in the order of `rows`, or of its drafts."""
+    """One batch of several examples, each given as its samples: in the order of `rows`, or of its drafts. What `share`
+    and `root_tokens` say: see `trees.build`."""
     flat = [sample for group in groups for sample in group]
-    tree = trees.build(flat, share=share)
+    tree = trees.build(flat, share=share, root_tokens=root_tokens)
     first, reference_N = torch.arange(len(groups)) * len(rows), cached.reference_N
     batch = Batch(
         owner_N=tree.owner_N,
@@ -141,6 +143,12 @@ def _with_values(batch: Batch, groups: Sequence[Group]) -> Batch:
         turn_S=torch.tensor(turn),
         group_S=torch.tensor(group),
     )
+
+
+def root_tokens(device: torch.device) -> int | None:
+    """How long trees should be on a device. On CUDA one program sums the gradients of 128 keys over all that see them:
+    with one template above all examples it would take longer than everything else."""
+    return 1024 if device.type == "cuda" else None
 
 
 def to_device(packed: Packed, device: torch.device) -> Packed:

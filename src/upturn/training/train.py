@@ -98,12 +98,13 @@ class _Data:
     groups: list[list[Sample]]
     order: rows.Rows
     cached: dict[str, list[Tensor]]
+    root_tokens: int | None
 
     def pack(self, chosen: Sequence[int]) -> rows.Packed:
         """One batch of some examples."""
         parts = {f"{name}_N": torch.cat([values[e] for e in chosen]) for name, values in self.cached.items()}
         groups, examples = [self.groups[e] for e in chosen], [self.examples[e] for e in chosen]
-        return rows.pack(groups, self.order, examples, rows.Cached(**parts))
+        return rows.pack(groups, self.order, examples, rows.Cached(**parts), root_tokens=self.root_tokens)
 
 
 def _samples(model: nn.Module, job: Job) -> _Data:
@@ -126,7 +127,7 @@ def _samples(model: nn.Module, job: Job) -> _Data:
                 f"A training sample has {size} tokens, and the model takes {longest}.",
                 "Drop the prompt, shorten max_new_tokens, or use a model with a longer context.",
             )
-    return _Data(job.examples, groups, order, {})
+    return _Data(job.examples, groups, order, {}, rows.root_tokens(next(model.parameters()).device))
 
 
 def _prompt(example: Example) -> Prompt:
