@@ -16,8 +16,8 @@ PAGES = {
     "cpu": ContinuousBatchingConfig(num_blocks=256, max_batch_tokens=2048),
     "cuda": ContinuousBatchingConfig(max_memory_percent=0.3),
 }
-"""On a CPU 64k tokens of cache in pages of 256: left to itself it takes most of the memory. On a GPU it is left to itself
-but for a limit, since other arms wait there."""
+"""On a CPU 64k tokens of cache in pages of 256: left to itself it takes most of the memory. On a GPU it is left to
+itself but for a limit, since other arms wait there."""
 
 
 def in_batches(model: Any, contexts: Ids, config: GenerationConfig, size: int) -> Ids:
