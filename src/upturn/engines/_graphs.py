@@ -106,14 +106,14 @@ class GraphPasses:
 
     def start(self, fed: list[int], spans: Sequence[Span], uniforms: np.ndarray) -> Pending:
         """See `Passes`."""
-        by_step = uniforms.reshape(len(uniforms), -1).T
-        self.cache.reserve(max(span.start + span.count for span in spans) + len(by_step) - 1)
+        first, *more = uniforms.T if uniforms.ndim == 2 else (uniforms,)
+        self.cache.reserve(max(span.start + span.count for span in spans) + len(more))
         self.cache.flush()
         self._forget_moved()
-        out = self._pass(fed, spans, by_step[0] if len(uniforms) else uniforms)
+        out = self._pass(fed, spans, first)
         waiting = _Waiting()
-        waiting.add(out, len(uniforms))
-        for numbers in by_step[1:]:
+        waiting.add(out, len(first))
+        for numbers in more:
             spans = [Span(span.slot, span.start + span.count, 1, 1) for span in spans]
             out = self._pass(out[0], spans, numbers)
             waiting.add(out, len(numbers))

@@ -1,5 +1,7 @@
-"""Says what is needlessly slow: bfloat16 by torch, on a processor that has no instruction for it; passes on a GPU that
-cannot be captured."""
+"""Says what is needlessly slow.
+
+bfloat16 by torch, on a processor that has no instruction for it; passes on a GPU that cannot be captured.
+"""
 
 from __future__ import annotations
 
