@@ -175,7 +175,9 @@ def main() -> None:
     if args.shape:
         loaded = _shapes.random(args.shape, loaded, args.device)
     found = data(args.profile, args.pairs, loaded)
-    _child.serve(Arm(loaded, found, share=args.arm == "tree", budget=args.max_tree_tokens).answer)
+    arm = Arm(loaded, found, share=args.arm == "tree", budget=args.max_tree_tokens)
+    with policy.captured_layers():  # as every training does
+        _child.serve(arm.answer)
 
 
 if __name__ == "__main__":

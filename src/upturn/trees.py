@@ -10,7 +10,7 @@ token for each child, so log-probs are gathered by predictor place and never by 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -99,6 +99,20 @@ def build(samples: Sequence[Sample], *, share: bool = True, root_tokens: int | N
         paths = [[_part_of(path, parts[id(path[0])]), *path[1:]] for path in paths]
         top = [part for root in top for part in parts[id(root)]]
     return _lay_out(samples, top, paths)
+
+
+def filled(tree: TokenTree, size: int) -> TokenTree:
+    """The layout with more tokens behind it, up to `size`; each is a tree of its own, and predicts nothing."""
+    last = len(tree.ids_T)
+    more = torch.arange(last, size, device=tree.ids_T.device)
+    zeros, alone = torch.zeros_like(more), tuple(Span(place, 1, place + 1, -1) for place in range(last, size))
+    return replace(
+        tree,
+        ids_T=torch.cat([tree.ids_T, zeros]),
+        positions_T=torch.cat([tree.positions_T, zeros]),
+        ends_T=torch.cat([tree.ends_T, more + 1]),
+        spans=tree.spans + alone,
+    )
 
 
 def _insert(parent: _Node, ids: tuple[int, ...]) -> None:

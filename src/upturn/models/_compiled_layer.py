@@ -35,13 +35,13 @@ class _Halves:
 class Compiled:
     """The forward of one layer."""
 
-    __slots__ = ("_halves", "_how", "_layer", "_weights", "keeps_gates")
+    __slots__ = ("_halves", "_how", "_layer", "keeps_gates", "weights")
 
     def __init__(self, layer: Any, how: How, *, is_compiled: bool = True) -> None:
         self._layer, self._how, self.keeps_gates = layer, how, True
-        self._weights, eps = weights_of(layer)
-        shapes = tuple(None if weight is None else weight.shape for weight in self._weights)
-        key = (shapes, self._weights.q.dtype, eps, layer.self_attn.head_dim)
+        self.weights, eps = weights_of(layer)
+        shapes = tuple(None if weight is None else weight.shape for weight in self.weights)
+        key = (shapes, self.weights.q.dtype, eps, layer.self_attn.head_dim)
         math = _compiled_math
         works = (math.enter, math.enter_back, math.leave, math.leave_back)
         enter, enter_back, leave, leave_back = (
@@ -51,13 +51,13 @@ class Compiled:
 
     def gates_bytes(self, tokens: int) -> int:
         """What the inputs of the gate take."""
-        return self._weights.gates_bytes(tokens)
+        return self.weights.gates_bytes(tokens)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not fused.is_usual(self._layer, hidden_states, kwargs):
             return fused.plain(self._layer, hidden_states, *args, **kwargs)
         cos, sin = kwargs["position_embeddings"]
-        x, weights, halves = hidden_states[0], self._weights, self._halves
+        x, weights, halves = hidden_states[0], self.weights, self._halves
         q, k, v, x = _Enter.apply(x, (cos[0], sin[0]), halves, *weights)  # type: ignore[misc]
         attended = kwargs["upturn_plan"].attend(self._layer.self_attn.layer_idx, q, k, v, self._how)
         out = _Leave.apply(x, attended.reshape(len(x), -1), halves, self.keeps_gates, *weights)

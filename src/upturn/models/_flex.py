@@ -49,6 +49,15 @@ def block_mask(tree: TokenTree, window: int | None) -> Any:
     )
 
 
+PARTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+BACK = ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
+
+
+def tensors_of(mask: Any) -> list[Tensor]:
+    """All that a mask is made of, in one order."""
+    return [*(getattr(mask, name) for name in (*PARTS, *BACK)), *mask.mask_mod.reads]
+
+
 def _ordered(seen: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks of keys each block of queries sees, `[1, 1, n]`, and which, those first, `[1, 1, n, n]`."""
     order = seen.to(torch.int32).argsort(dim=1, descending=True, stable=True)
@@ -62,12 +71,14 @@ def _visible(ends: Tensor, depth: Tensor, window: int | None) -> Any:
         return (k <= q) & (q < ends[k])
 
     if window is None:
+        whole.reads = (ends,)  # type: ignore[attr-defined]
         return whole
     least = depth - window
 
     def near(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (q < ends[k]) & (least[q] < depth[k])
 
+    near.reads = (ends, least, depth)  # type: ignore[attr-defined]
     return near
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from upturn import trees
-from upturn.models import _attention, _kept, _memory, _slow, fused
+from upturn.models import _attention, _graphed, _kept, _memory, _slow, fused
 from upturn.models._attention import How
 from upturn.models._compiled_layer import Compiled
 from upturn.models._fused_layer import Fused
@@ -56,13 +56,12 @@ def fused_training(model: nn.Module, plan: TreePlan) -> Iterator[None]:
         one.keeps_gates = keeps_gates
     if torch.is_grad_enabled():
         _lay_out([one for one in made if isinstance(one, Fused)], tokens)
-    for layer, one in zip(layers, made, strict=True):
-        layer.forward = one
-    try:
+    forwards: dict[Any, Any] = dict(zip(layers, made, strict=True))
+    whole = [one for one in made if isinstance(one, Compiled)] if len(made) == len(fused.layers_of(model)) else []
+    if stack := _graphed.stacked(whole, [*known.values()]):
+        forwards = dict.fromkeys(layers, _graphed.same) | {layers[0]: stack}
+    with fused.swapped(forwards):
         yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 def _lay_out(layers: list[Fused], tokens: int) -> None:

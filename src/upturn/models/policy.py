@@ -7,12 +7,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from upturn.models import _attention, _output_layer
+from upturn.models import _attention, _graphed, _output_layer
 from upturn.models._attention import use_plans
+from upturn.models._graphed import kept as captured_layers
 from upturn.models._tree_plan import TreePlan
 from upturn.models.fused_training import fused_training
 from upturn.numerics import HEAD_CHUNK, token_logprobs
 from upturn.trees import TokenTree
+
+__all__ = ["captured_layers", "head", "hidden_states", "tree_kl", "tree_logprobs", "use_plans"]
 
 
 def hidden_states(model: nn.Module, ids_T: Tensor, positions_T: Tensor, plan: _attention.Plan) -> Tensor:
@@ -50,7 +53,8 @@ def tree_logprobs(model: nn.Module, tree: TokenTree, *, flex: bool | None = None
 
 
 def _tree_states(model: nn.Module, tree: TokenTree, *, flex: bool | None = None) -> Tensor:
-    """Last hidden states of every token of a tree, `[T, d]`."""
+    """Last hidden states of every token of a tree, `[T, d]`, and of tokens that may fill it up."""
+    tree = _graphed.padded(tree)
     plan = TreePlan(tree, flex=flex)
     use_plans(model)  # before the layers are tried
     with fused_training(model, plan):

@@ -1,0 +1,177 @@
+"""All layers of a small model as two CUDA graphs, one for each direction.
+
+A layer of a small model is done in less time than it takes to launch its kernels one by one. So where a number of
+tokens comes again (`padded` leaves few different ones), what the layers do is captured, and launched at once from then
+on. What changes from one batch to the next is copied to where the graphs look for it. The same kernels run either way.
+
+Axes: `T` tokens, `d` width of the model, `D` width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upturn import trees
+from upturn.models import _flex, _slow
+from upturn.models._attention import How
+from upturn.models._compiled_layer import Compiled
+from upturn.trees import TokenTree
+
+SMALL = 1e12
+"""Operations of a layer, forward and back, up to which launching takes longer: 2 ms of a GPU that does 500 TFLOP/s."""
+SEEN = 2
+"""Batches of a size before it is captured."""
+STEPS = 8
+"""Sizes between a power of 2 and the next."""
+LEAST = 128
+"""Smallest difference of two sizes: a block of FlexAttention."""
+Replay = Callable[[], None]
+_Around = tuple[Tensor, Tensor, TokenTree]
+_Batch = tuple[Tensor, Tensor, Tensor, TokenTree]
+_OPEN: list[Graphs] = []
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Inside, layers are captured; graphs, and the memory of what their layers keep, last until the block ends."""
+    _OPEN.append(Graphs())
+    try:
+        yield
+    finally:
+        _OPEN.pop()
+
+
+def padded(tree: TokenTree) -> TokenTree:
+    """The tree with tokens that nobody sees behind it, up to one of few sizes, where layers may be captured."""
+    size = len(tree.ids_T)
+    step = max(LEAST, 2 ** (size.bit_length() - 1) // STEPS)
+    return trees.filled(tree, -(-size // step) * step) if _OPEN and tree.ids_T.is_cuda else tree
+
+
+def stacked(layers: Sequence[Compiled], hows: Sequence[How]) -> Stack | None:
+    """All layers as one; None where nothing is captured, or a layer has a window, which not every batch needs."""
+    return Stack(layers, _OPEN[-1]) if _OPEN and layers and not any(how.window for how in hows) else None
+
+
+def same(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward of the layers behind the first one, which has done their work."""
+    return hidden_states
+
+
+class Graphs:
+    """Those of one training, by the first weight of the layers and the number of tokens."""
+
+    def __init__(self) -> None:
+        self.made: dict[tuple[int, int], _Captured] = {}
+        self.seen: dict[tuple[int, int], int] = {}
+        self.pool: Any = None
+        self.works = True
+
+
+class Stack:
+    """The forward of the first layer: all of them, captured where that pays."""
+
+    def __init__(self, layers: Sequence[Compiled], graphs: Graphs) -> None:
+        self._layers, self._graphs = layers, graphs
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        (cos, sin), tree = kwargs["position_embeddings"], kwargs["upturn_plan"].tree
+        found = self._captured(hidden_states[0], cos[0], sin[0], tree)
+        if found is not None:
+            return _Run.apply(hidden_states[0], (cos[0], sin[0], tree), found, *found.weights)[None]  # type: ignore[index]
+        for layer in self._layers:
+            hidden_states = layer(hidden_states, *args, **kwargs)
+        return hidden_states
+
+    def _captured(self, x: Tensor, cos: Tensor, sin: Tensor, tree: TokenTree) -> _Captured | None:
+        graphs, first = self._graphs, self._layers[0]
+        key = (id(first.weights.q), len(x))
+        if key not in graphs.made and graphs.works and torch.is_grad_enabled():
+            graphs.seen[key] = graphs.seen.get(key, 0) + 1
+            work = 6 * len(x) * sum(weight.numel() for weight in first.weights if weight is not None)
+            if graphs.seen[key] >= SEEN and work <= SMALL:
+                try:
+                    graphs.made[key] = _Captured(self._layers, (x, cos, sin, tree), graphs)
+                except RuntimeError as error:  # a layer that waits for the device, or whose kernels cannot be captured
+                    graphs.works = False
+                    _slow.tell_uncaptured(error)
+        return graphs.made.get(key)
+
+
+class _Captured:
+    """Graphs of one number of tokens, and where they look."""
+
+    def __init__(self, layers: Sequence[Compiled], batch: _Batch, graphs: Graphs) -> None:
+        *inputs, tree = batch
+        self.x, self.cos, self.sin = (part.detach().clone() for part in inputs)
+        self.x.requires_grad_()
+        self.g = torch.zeros_like(self.x)
+        self._mask = _flex.block_mask(tree, None)
+        self.weights = [w for layer in layers for w in layer.weights if w is not None and w.requires_grad]
+        self.number = 0
+        """Of the forward pass whose activations are there."""
+
+        def forward() -> Tensor:
+            h = self.x[None]
+            around = {"position_embeddings": (self.cos[None], self.sin[None]), "upturn_plan": self}
+            for layer in layers:
+                h = layer(h, **around)
+            return h[0]
+
+        def backward() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(self.out, (self.x, *self.weights), self.g)
+
+        graphs.pool = graphs.pool or torch.cuda.graph_pool_handle()
+        with torch.enable_grad():
+            self.out, self.replay_forward = recorded(forward, graphs.pool)
+            self.grads, self.replay_backward = recorded(backward, graphs.pool)
+        self.out = self.out.detach()
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+        """See `Plan`."""
+        if (out := _flex.attend(q, k, v, self._mask, how)) is None:
+            raise RuntimeError("FlexAttention cannot be compiled")
+        return out
+
+    def fill(self, x: Tensor, cos: Tensor, sin: Tensor, tree: TokenTree) -> None:
+        """Copy a batch to where the graphs look for it."""
+        news = [x.detach(), cos, sin, *_flex.tensors_of(_flex.block_mask(tree, None))]
+        olds = [self.x.detach(), self.cos, self.sin, *_flex.tensors_of(self._mask)]
+        for old, new in zip(olds, news, strict=True):
+            old.copy_(new)
+
+
+class _Run(torch.autograd.Function):
+    """`x [T, d] -> [T, d]` by a captured stack."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, around: _Around, captured: _Captured, *weights: Tensor) -> Tensor:
+        captured.fill(x, *around)
+        captured.replay_forward()
+        captured.number += 1
+        ctx.captured, ctx.number = captured, captured.number
+        return captured.out.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        captured: _Captured = ctx.captured
+        if ctx.number != captured.number:
+            raise RuntimeError("a backward pass must come before the next forward pass of as many tokens")
+        captured.g.copy_(g)
+        captured.replay_backward()
+        g_x, *grads = [torch.empty_like(grad) for grad in captured.grads]
+        torch._foreach_copy_([g_x, *grads], list(captured.grads))  # type: ignore[attr-defined]
+        return g_x, None, None, *grads
+
+
+def recorded(work: Callable[[], Any], pool: Any) -> tuple[Any, Replay]:
+    """What it gives, at places that stay, and what computes it again there."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        out = work()
+    return out, graph.replay
