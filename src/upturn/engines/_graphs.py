@@ -23,9 +23,9 @@ from upturn.engines._slots import Slots, Span
 from upturn.models import _slow, policy
 from upturn.models._gpu_layer import KernelPlan, kernels
 
-SIZES = (8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+SIZES = (8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 3072, 4096)
 """Tokens of a captured step."""
-COARSE = 512
+COARSE = 1024
 """Longer steps are multiples of this; they keep a GPU busy without a graph."""
 SEEN = 2
 """Steps of a size before it is captured: they have compiled and warmed all that it needs."""
