@@ -49,8 +49,13 @@ def kept() -> Iterator[None]:
 def padded(tree: TokenTree) -> TokenTree:
     """The tree with tokens that nobody sees behind it, up to one of few sizes, where layers may be captured."""
     size = len(tree.ids_T)
-    step = max(LEAST, 2 ** (size.bit_length() - 1) // STEPS)
+    step = step_of(size)
     return trees.filled(tree, -(-size // step) * step) if _OPEN and tree.ids_T.is_cuda else tree
+
+
+def step_of(size: int) -> int:
+    """What the number of tokens becomes a multiple of."""
+    return max(LEAST, 2 ** (size.bit_length() - 1) // STEPS)
 
 
 def stacked(layers: Sequence[Compiled], hows: Sequence[How]) -> Stack | None:

@@ -1,0 +1,129 @@
+"""Layers as graphs: what goes in and out of them, with graphs that compute again instead of being replayed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from upturn import trees
+from upturn.models import _compiled, _flex, _graphed, _slow, fused_training, policy
+from upturn.models._attention import How
+from upturn.models._compiled_layer import Compiled
+from upturn.types import Sample
+
+SIZE = 256
+SHAPE: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "head_dim": 16}
+
+
+def forest(seed: int) -> trees.TokenTree:
+    rng = random.Random(seed)
+
+    def some() -> tuple[int, ...]:
+        return tuple(rng.choices(range(50), k=rng.randint(2, 8)))
+
+    return trees.build([Sample(some(), some()) for _ in range(10)])
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, mask: Any, how: How) -> Tensor:
+    """FlexAttention has no backward pass on a CPU."""
+    (ends,), places = mask.mask_mod.reads, torch.arange(q.shape[2])
+    seen = (places <= places[:, None]) & (places[:, None] < ends[: len(places)])
+    k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen[None, None], scale=how.scaling)
+    return out.transpose(1, 2)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[_graphed.Graphs]:
+    """Captures on a CPU. A replay runs the work again, into the tensors that the first time gave."""
+    latest: list[Tensor] = []
+    real = torch.autograd.grad
+
+    def grad(outputs: Any, inputs: Any, *g: Any) -> Any:
+        return real(latest[0] if g and latest else outputs, inputs, *g)
+
+    def recorded(work: Callable[[], Any], pool: Any) -> tuple[Any, Callable[[], None]]:
+        first = work()
+
+        def replay() -> None:
+            with torch.enable_grad():
+                again = work()
+            if isinstance(first, Tensor):
+                latest[:] = [again]
+            pairs = [(first, again)] if isinstance(first, Tensor) else zip(first, again, strict=True)
+            for there, new in pairs:
+                there.data.copy_(new.detach())
+
+        return first, replay
+
+    monkeypatch.setitem(fused_training.KINDS, "cpu", Compiled)
+    monkeypatch.setattr(_compiled, "BACKEND", "eager")
+    monkeypatch.setattr(_flex, "attend", dense)
+    monkeypatch.setattr(_graphed, "padded", lambda tree: trees.filled(tree, SIZE) if _graphed._OPEN else tree)
+    monkeypatch.setattr(_graphed, "recorded", recorded)
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 1)
+    with policy.captured_layers():
+        yield _graphed._OPEN[-1]
+
+
+def learnt(model: Any, tree: trees.TokenTree) -> list[Tensor]:
+    model.zero_grad()
+    logprobs = policy.tree_logprobs(model, tree)
+    (logprobs * torch.arange(len(logprobs))).sum().backward()
+    return [logprobs.detach(), *(weight.grad.clone() for weight in model.parameters())]
+
+
+def test_captured_layers_learn_the_same(graphs: _graphed.Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    for seed in range(4):
+        found = learnt(model, forest(seed))
+        with monkeypatch.context() as without:
+            without.setattr(_graphed, "_OPEN", [])
+            wanted = learnt(model, forest(seed))
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    (captured,) = graphs.made.values()
+    assert captured.number == 3, "the first batch of a size is not captured"
+
+
+def test_a_backward_pass_after_another_forward_pass_is_refused(graphs: _graphed.Graphs) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    learnt(model, forest(0))
+    learnt(model, forest(1))
+    late = policy.tree_logprobs(model, forest(2)).sum()
+    policy.tree_logprobs(model, forest(3))
+    with pytest.raises(RuntimeError, match="before the next forward pass"):
+        late.backward()
+
+
+def test_what_cannot_be_captured_goes_on_without(
+    graphs: _graphed.Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(_slow.progress, "say", said.append)
+    def fails(work: Any, pool: Any) -> Any:
+        raise RuntimeError("a layer waits")
+
+    monkeypatch.setattr(_graphed, "recorded", fails)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    for seed in range(3):
+        learnt(model, forest(seed))
+    assert not graphs.made
+    assert not graphs.works
+    assert len(said) == 1
+    assert "a layer waits" in said[0]
+
+
+def test_sizes_are_few_and_near() -> None:
+    sizes = {(size, -(-size // step) * step) for size in range(128, 20000, 37) for step in [_graphed.step_of(size)]}
+    assert len({rounded for _, rounded in sizes}) < 60
+    assert all(size <= rounded <= max(size + 128, 1.25 * size) for size, rounded in sizes)
