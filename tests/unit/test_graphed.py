@@ -105,11 +105,10 @@ def test_a_backward_pass_after_another_forward_pass_is_refused(graphs: _graphed.
         late.backward()
 
 
-def test_what_cannot_be_captured_goes_on_without(
-    graphs: _graphed.Graphs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_captured_goes_on_without(graphs: _graphed.Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(_slow.progress, "say", said.append)
+
     def fails(work: Any, pool: Any) -> Any:
         raise RuntimeError("a layer waits")
 

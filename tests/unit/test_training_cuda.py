@@ -12,7 +12,7 @@ from test_fused_training import COMMON, assert_near, error, forest, learnt, plai
 from test_training import fresh, job
 
 from upturn import numerics, trees
-from upturn.models import _compiled, _flex, _output_layer, fused, fused_training, policy
+from upturn.models import _compiled, _flex, _graphed, _output_layer, fused, fused_training, policy
 from upturn.training import plan, train
 from upturn.training.optimizer import MasterAdamW
 from upturn.types import Sample
@@ -115,6 +115,30 @@ def test_policy_and_reference_have_the_same_bits(dtype: torch.dtype):
         found.sum().backward()
         assert torch.equal(found.detach(), expected)
     assert nothing_failed()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_captured_layers_have_the_bits_of_those_launched_one_by_one(dtype: torch.dtype):
+    model, trees_ = here("qwen2", dtype), [wood(seed).to("cuda") for seed in range(3)]
+    with policy.captured_layers():
+        graphs = _graphed._OPEN[-1]
+        graphs.works = False
+        with torch.no_grad():
+            references = [policy.tree_logprobs(model, tree) for tree in trees_]
+        wanted = [on_cuda(model, tree) for tree in trees_]
+        graphs.works = True
+        for _ in range(_graphed.SEEN + 1):
+            found = [on_cuda(model, tree) for tree in trees_]
+        assert graphs.works
+        assert {size for _, size in graphs.made} == {len(_graphed.padded(tree).ids_T) for tree in trees_}
+        with torch.no_grad():
+            again = [policy.tree_logprobs(model, tree) for tree in trees_]
+    for reference, late, (logprobs, grads), (there, expected) in zip(references, again, found, wanted, strict=True):
+        assert torch.equal(reference, logprobs)
+        assert torch.equal(reference, late)
+        assert torch.equal(reference, there)
+        for name, grad in grads.items():
+            assert error(grad, expected[name]) < 1e-2, name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
