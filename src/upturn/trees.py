@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, chain, compress, count
+from operator import ne
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,8 +29,8 @@ class _Node:
     ids: tuple[int, ...]
     children: dict[int, _Node] = field(default_factory=dict)
     """By the first id of the child."""
-    start: int = -1
-    """Flat place of the first id, once laid out."""
+    place: int = -1
+    """Place in the list of spans, once laid out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,69 +93,59 @@ def build(samples: Sequence[Sample], *, share: bool = True, root_tokens: int | N
             raise ValueError(f"sample {place} has an empty context")
     shared = _Node(())
     above = [shared if share else _Node(()) for _ in samples]
-    for root, sample in zip(above, samples, strict=True):
-        _insert(root, sample.context + sample.target)
-    paths = [_path(root, s.context + s.target) for root, s in zip(above, samples, strict=True)]
+    lasts = [_insert(root, s.context + s.target) for root, s in zip(above, samples, strict=True)]
     top = [child for root in (above[:1] if share else above) for child in root.children.values()]
     if root_tokens is not None:
-        parts = {id(root): _parts(root, root_tokens) for root in top}
-        paths = [[_part_of(path, parts[id(path[0])]), *path[1:]] for path in paths]
-        top = [part for root in top for part in parts[id(root)]]
-    return _lay_out(samples, top, paths)
+        top = [part for root in top for part in _parts(root, root_tokens)]
+    return _lay_out(samples, top, lasts)
 
 
 def filled(tree: TokenTree, size: int) -> TokenTree:
-    """The layout with more tokens behind it, up to `size`; each is a tree of its own, and predicts nothing."""
+    """The layout with more tokens behind it, up to `size`, that see only themselves and predict nothing."""
     last = len(tree.ids_T)
+    if size == last:
+        return tree
     more = torch.arange(last, size, device=tree.ids_T.device)
-    zeros, alone = torch.zeros_like(more), tuple(Span(place, 1, place + 1, -1) for place in range(last, size))
+    zeros = torch.zeros_like(more)
     return replace(
         tree,
         ids_T=torch.cat([tree.ids_T, zeros]),
         positions_T=torch.cat([tree.positions_T, zeros]),
         ends_T=torch.cat([tree.ends_T, more + 1]),
-        spans=tree.spans + alone,
+        spans=(*tree.spans, Span(last, size - last, size, -1)),
     )
 
 
-def _insert(parent: _Node, ids: tuple[int, ...]) -> None:
-    """Add one row below `parent`, splitting nodes where the row leaves them."""
+def _insert(parent: _Node, ids: tuple[int, ...]) -> _Node:
+    """Add one row below `parent`, splitting nodes where the row leaves them. Returns the node that the row ends with;
+    it stays that, since a split leaves the old node the end of its ids."""
     at = 0
     while at < len(ids):
         node = parent.children.get(ids[at])
         if node is None:
-            parent.children[ids[at]] = _Node(ids[at:])
-            return
-        same = _common(node.ids, ids, at)
+            last = parent.children[ids[at]] = _Node(ids[at:])
+            return last
+        same = _common(node.ids, ids[at : at + len(node.ids)])
         if same < len(node.ids):
-            rest = _Node(node.ids[same:], node.children)
-            node.ids, node.children = node.ids[:same], {rest.ids[0]: rest}
+            begin = parent.children[ids[at]] = _Node(node.ids[:same], {node.ids[same]: node})
+            node.ids, node = node.ids[same:], begin
         parent, at = node, at + same
+    return parent
 
 
-def _common(node_ids: tuple[int, ...], ids: tuple[int, ...], at: int) -> int:
-    limit = min(len(node_ids), len(ids) - at)
-    same = 0
-    while same < limit and node_ids[same] == ids[at + same]:
-        same += 1
-    return same
-
-
-def _path(root: _Node, ids: tuple[int, ...]) -> list[_Node]:
-    path, at, node = [], 0, root
-    while at < len(ids):
-        node = node.children[ids[at]]
-        path.append(node)
-        at += len(node.ids)
-    return path
+def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """How much of their beginning is the same; `other` is not the longer one."""
+    return len(one) if one == other else next(compress(count(), map(ne, one, other)), len(other))
 
 
 def _parts(root: _Node, most: int) -> list[_Node]:
-    """The tree as trees of at most so many tokens, with a copy of the root each; as it is where that is long itself."""
+    """The tree as trees of at most so many tokens: the root with its first children, and copies of it with the others.
+    As it is where the root is long itself."""
     if len(root.ids) * SHORT > most:
         return [root]
-    parts, room = [_Node(root.ids)], most
-    for first, child in root.children.items():
+    children, root.children = root.children, {}
+    parts, room = [root], most
+    for first, child in children.items():
         size = _size(child)
         if size > room and parts[-1].children:
             parts.append(_Node(root.ids))
@@ -162,59 +155,65 @@ def _parts(root: _Node, most: int) -> list[_Node]:
     return parts
 
 
-def _part_of(path: list[_Node], parts: list[_Node]) -> _Node:
-    """The copy of a root that a path goes through."""
-    return next(part for part in parts if len(path) == 1 or path[1].ids[0] in part.children)
-
-
 def _size(node: _Node) -> int:
     return len(node.ids) + sum(_size(child) for child in node.children.values())
 
 
-def _lay_out(samples: Sequence[Sample], top: list[_Node], paths: list[list[_Node]]) -> TokenTree:
-    ids: list[int] = []
-    positions: list[int] = []
-    nodes: list[tuple[_Node, int]] = []  # with the place of the parent
+def _lay_out(samples: Sequence[Sample], top: list[_Node], lasts: list[_Node]) -> TokenTree:
+    """The nodes in depth-first order; `lasts` are those that the samples end with."""
+    nodes: list[_Node] = []
+    depths: list[int] = []
+    parents: list[int] = []
     stack = [(root, 0, -1) for root in reversed(top)]
     while stack:
         node, depth, parent = stack.pop()
-        node.start = len(ids)
-        ids.extend(node.ids)
-        positions.extend(range(depth, depth + len(node.ids)))
-        children = reversed(node.children.values())
-        stack.extend((child, depth + len(node.ids), len(nodes)) for child in children)
-        nodes.append((node, parent))
-    stops = [node.start + len(node.ids) for node, _ in nodes]
-    for place in range(len(nodes) - 1, 0, -1):  # a subtree ends where its last child's does
-        parent = nodes[place][1]
-        if parent >= 0:
-            stops[parent] = max(stops[parent], stops[place])
-    spans = tuple(
-        Span(node.start, len(node.ids), stop, parent) for (node, parent), stop in zip(nodes, stops, strict=True)
-    )
-    ends = [span.stop for span in spans for _ in range(span.length)]
-    predictors, targets, owner = _gather(samples, paths)
+        node.place = len(nodes)
+        nodes.append(node)
+        depths.append(depth)
+        parents.append(parent)
+        below = depth + len(node.ids)
+        stack.extend([(child, below, node.place) for child in reversed(node.children.values())])
+    spans = _spans([len(node.ids) for node in nodes], parents)
+    table = [(s.start, s.length, s.stop, s.parent, depth) for s, depth in zip(spans, depths, strict=True)]
+    starts, lengths, stops, above, first = np.array(table, np.int64).reshape(-1, 5).T
+    ids_T = np.fromiter(chain.from_iterable([node.ids for node in nodes]), np.int64)
+    places_T = np.arange(len(ids_T), dtype=np.int64)
+    before_T = places_T - 1  # the token before in a path; nothing asks what is before a root
+    before_T[starts] = (starts + lengths)[above] - 1
+    targets_N = _targets(samples, lasts, spans)
+    owner_N = np.repeat(np.arange(len(samples), dtype=np.int64), [len(s.target) for s in samples])
     return TokenTree(
-        torch.tensor(ids),
-        torch.tensor(positions),
-        torch.tensor(ends),
-        torch.tensor(predictors, dtype=torch.long),
-        torch.tensor(targets, dtype=torch.long),
-        torch.tensor(owner, dtype=torch.long),
+        torch.from_numpy(ids_T),
+        torch.from_numpy(places_T - np.repeat(starts - first, lengths)),
+        torch.from_numpy(np.repeat(stops, lengths)),
+        torch.from_numpy(before_T[targets_N]),
+        torch.from_numpy(ids_T[targets_N]),
+        torch.from_numpy(owner_N),
         num_samples=len(samples),
         spans=spans,
         num_row_tokens=sum(len(s.context) + len(s.target) for s in samples),
     )
 
 
-def _gather(samples: Sequence[Sample], paths: list[list[_Node]]) -> tuple[list[int], list[int], list[int]]:
-    predictors: list[int] = []
-    targets: list[int] = []
-    owner: list[int] = []
-    for index, (sample, path) in enumerate(zip(samples, paths, strict=True)):
-        places = [place for node in path for place in range(node.start, node.start + len(node.ids))]
-        first = len(sample.context)
-        predictors.extend(places[first - 1 : -1] if sample.target else [])
-        targets.extend(sample.target)
-        owner.extend([index] * len(sample.target))
-    return predictors, targets, owner
+def _spans(lengths: list[int], parents: list[int]) -> tuple[Span, ...]:
+    stops = list(accumulate(lengths))
+    starts = [0, *stops[:-1]]
+    for place in range(len(stops) - 1, 0, -1):  # a subtree ends where its last child's does
+        if (parent := parents[place]) >= 0:
+            stops[parent] = max(stops[parent], stops[place])
+    return tuple(map(Span, starts, lengths, stops, parents))
+
+
+def _targets(samples: Sequence[Sample], lasts: list[_Node], spans: tuple[Span, ...]) -> np.ndarray:
+    """Flat places of the target tokens. Each path is known by its last node, so all is counted backwards."""
+    ends, counts, total = list[int](), list[int](), 0
+    for sample, last in zip(reversed(samples), reversed(lasts), strict=True):
+        place, left = last.place, len(sample.target)
+        while left:
+            span = spans[place]
+            taken = min(left, span.length)
+            ends.append(span.start + span.length + total)
+            counts.append(taken)
+            place, left, total = span.parent, left - taken, total + taken
+    backwards = np.repeat(np.array(ends, np.int64), np.array(counts, np.int64)) - np.arange(1, total + 1)
+    return backwards[::-1]

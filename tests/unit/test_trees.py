@@ -134,6 +134,22 @@ def test_a_long_tree_becomes_several_with_the_same_logprobs():
     assert torch.equal(cut.owner_N, whole.owner_N)
 
 
+@pytest.mark.parametrize("options", [{}, {"share": False}, {"root_tokens": 24}])
+def test_each_target_is_predicted_by_the_tokens_before_it_in_its_row(options: dict[str, Any]):
+    for seed in range(20):
+        samples = forest(random.Random(seed), depth=1 + seed % 4)
+        tree = trees.build(samples, **options)
+        places_T = torch.arange(len(tree.ids_T))
+        expected = [(owner, s.context + s.target[:n]) for owner, s in enumerate(samples) for n in range(len(s.target))]
+        found = []
+        for owner, place in zip(tree.owner_N.tolist(), tree.predictors_N, strict=True):
+            seen_T = (places_T <= place) & (place < tree.ends_T)
+            found.append((owner, tuple(tree.ids_T[seen_T].tolist())))
+            assert torch.equal(tree.positions_T[seen_T], torch.arange(int(seen_T.sum())))
+        assert found == expected
+        assert tree.targets_N.tolist() == [token for sample in samples for token in sample.target]
+
+
 def test_a_tree_with_a_long_root_stays_whole():
     rows = [Sample(tuple(range(10, 20)), (30 + place, 5)) for place in range(9)]
     assert len(trees.build(rows, root_tokens=40).ids_T) == len(trees.build(rows).ids_T)

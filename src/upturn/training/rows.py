@@ -118,7 +118,7 @@ def pack(
     first, reference_N = torch.arange(len(groups)) * len(rows), cached.reference_N
     batch = Batch(
         owner_N=tree.owner_N,
-        num_tokens_S=torch.tensor([len(sample.target) for sample in flat]),
+        num_tokens_S=torch.bincount(tree.owner_N, minlength=len(flat)),
         rows={row: first + place for place, row in enumerate(rows)},
         p_P=torch.tensor([e.p for e in examples if isinstance(e, Pair)], dtype=torch.float32),
         reference_N=reference_N,
