@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from upturn.engines import sampling
-from upturn.engines._passes import BELOW_ONE, Pending
+from upturn.engines._passes import BELOW_ONE, Chosen, Pending, told
 from upturn.engines._slots import Slots, Span
 from upturn.models import _slow, policy
 from upturn.models._gpu_layer import KernelPlan, kernels
@@ -230,11 +230,11 @@ class _Waiting:
         self._event.record()
         return self
 
-    def __call__(self) -> list[tuple[int, float]]:
+    def __call__(self) -> Chosen:
         """Row by row, the steps of each side by side."""
         self._event.synchronize()
-        chosen, logprobs = (torch.stack(parts, 1).flatten().tolist() for parts in zip(*self._out, strict=True))
-        return list(zip(chosen, logprobs, strict=True))
+        chosen, logprobs = (torch.stack(parts, 1).flatten() for parts in zip(*self._out, strict=True))
+        return told(chosen, logprobs)
 
 
 def _rounded(size: int) -> int:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
 
 from upturn.engines._propose import Copying
 from upturn.types import Draft, Kind
@@ -23,19 +21,17 @@ class Request:
     turn: int = field(compare=False)
     kind: Kind = field(compare=False)
     request: str = field(compare=False)
-    uniforms: Any = field(compare=False)
+    space: int = field(compare=False)
+    """Tokens that fit into the model behind the context."""
+    most: int = field(compare=False)
+    """Tokens that the draft may get."""
+    uniforms: list[float] = field(compare=False)
+    """The numbers that choose its tokens; behind the last possible token, which nobody reads, the last one again."""
     done: asyncio.Future[Draft] = field(compare=False)
     copying: Copying = field(compare=False)
     cached: int = field(compare=False, default=0)
     token_ids: list[int] = field(compare=False, default_factory=list)
     logprobs: list[float] = field(compare=False, default_factory=list)
-
-    def next_uniforms(self, steps: int) -> Any:
-        """The numbers that choose the next tokens; behind the last possible token, which nobody reads, the last one."""
-        first = len(self.token_ids)
-        found = self.uniforms[first : first + steps]
-        missing = steps - len(found)
-        return np.append(found, self.uniforms[-1:].repeat(missing)) if missing else found
 
     def behind(self, start: int) -> list[int]:
         """Context and answer so far from a place on, without looking at all of them."""
@@ -68,3 +64,21 @@ def shared(ids: list[int], wanted: list[int]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if ids[low:middle] == wanted[low:middle] else (low, middle)
     return low
+
+
+def longest_shared(held: Iterable[tuple[int, list[int]]], wanted: list[int], best: int) -> tuple[int, int]:
+    """Which list has more than `best` of what is wanted at its beginning, and how much: of those that have most the
+    first one. -1 where none has more."""
+    donor, end = -1, len(wanted)
+    for other, ids in held:
+        if best < end and len(ids) > best and ids[best] == wanted[best] and (size := shared(ids, wanted)) > best:
+            donor, best = other, size
+    return donor, best
+
+
+def places(values: Sequence[int], value: int) -> list[int]:
+    """Where a value stands."""
+    found = list[int]()
+    for _ in range(values.count(value)):
+        found.append(values.index(value, found[-1] + 1 if found else 0))
+    return found
