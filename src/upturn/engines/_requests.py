@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from upturn.engines._propose import Copying
 from upturn.types import Draft, Kind
+
+NOTHING = -1
+"""Behind what a slot holds; no token has this id."""
 
 
 @dataclass(order=True, slots=True)
@@ -66,14 +69,42 @@ def shared(ids: list[int], wanted: list[int]) -> int:
     return low
 
 
-def longest_shared(held: Iterable[tuple[int, list[int]]], wanted: list[int], best: int) -> tuple[int, int]:
-    """Which list has more than `best` of what is wanted at its beginning, and how much: of those that have most the
-    first one. -1 where none has more."""
-    donor, end = -1, len(wanted)
-    for other, ids in held:
-        if best < end and len(ids) > best and ids[best] == wanted[best] and (size := shared(ids, wanted)) > best:
-            donor, best = other, size
-    return donor, best
+class Held:
+    """What slots hold, while it changes only with what is told: searched many times in a row."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._slots = slots
+        self._prompts = [slot.prompt for slot in slots]
+        self._columns: dict[int, list[int]] = {}
+
+    def of(self, prompt: int) -> list[int]:
+        """The slots of a prompt."""
+        return places(self._prompts, prompt)
+
+    def longest_shared(self, wanted: list[int], row: int, mine: Sequence[int]) -> tuple[int, int, int]:
+        """How many of the tokens wanted a slot holds, and which slot holds most of them, and how many: of some slots,
+        or of all that go on as wanted."""
+        own = best = shared(self._slots[row].ids, wanted)
+        donor, end = row, len(wanted)
+        if best < end:
+            for other in mine or places(self._column(best), wanted[best]):
+                ids = self._slots[other].ids
+                if best < min(end, len(ids)) and ids[best] == wanted[best] and (size := shared(ids, wanted)) > best:
+                    donor, best = other, size
+        return own, donor, best
+
+    def changed(self, row: int) -> None:
+        """A slot holds something else."""
+        slot = self._slots[row]
+        self._prompts[row] = slot.prompt
+        for place, column in self._columns.items():
+            column[row] = slot.ids[place] if place < len(slot.ids) else NOTHING
+
+    def _column(self, place: int) -> list[int]:
+        if place not in self._columns:
+            ids = [slot.ids for slot in self._slots]
+            self._columns[place] = [each[place] if place < len(each) else NOTHING for each in ids]
+        return self._columns[place]
 
 
 def places(values: Sequence[int], value: int) -> list[int]:

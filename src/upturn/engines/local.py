@@ -28,7 +28,7 @@ from upturn.engines import _base, _propose, sampling
 from upturn.engines._base import Generate
 from upturn.engines._passes import Launched, Ready, kind_of
 from upturn.engines._propose import Copying, Proposer
-from upturn.engines._requests import Request, Slot, longest_shared, places, shared
+from upturn.engines._requests import Held, Request, Slot, shared
 from upturn.engines._slots import Span
 from upturn.errors import DataError
 from upturn.models.chat import Chat
@@ -166,7 +166,7 @@ class Local:
         waiting: list[Request] = []
         if not self._flying and not any(slot.ids for slot in self._slots):
             self._compute_template()
-        prompts = [slot.prompt for slot in self._slots]
+        held = Held(self._slots)
         while self._queue and free and budget > 0:
             request = heapq.heappop(self._queue)
             if len(request.context) >= self.longest:
@@ -174,26 +174,25 @@ class Local:
             elif request.context in contexts:
                 waiting.append(request)
             else:
-                mine = places(prompts, request.order[0])
+                mine = held.of(request.order[0])
                 row = next((r for r in mine if self._slots[r].request is None), free[0])
                 free.remove(row)
-                self._take_over(row, request, mine)
-                prompts[row] = request.order[0]
+                self._take_over(row, request, held, mine)
                 contexts.add(request.context)
                 budget -= len(request.context) - request.cached
         for request in waiting:
             heapq.heappush(self._queue, request)
 
-    def _take_over(self, row: int, request: Request, mine: list[int]) -> None:
+    def _take_over(self, row: int, request: Request, held: Held, mine: list[int]) -> None:
         """Put a request into a slot, with as much of its context as any slot already holds: those of its prompt, or
         for a new prompt what others have of the template, or more."""
         slot, wanted = self._slots[row], list(request.context[:-1])
-        own = shared(slot.ids, wanted)
-        donor, best = longest_shared([(other, self._slots[other].ids) for other in mine or range(self.num_slots)], wanted, own)
+        own, donor, best = held.longest_shared(wanted, row, mine)
         if best > own:
             self._cache.copy(donor, row, own, best)
         slot.ids = wanted[:best]
         slot.prompt, slot.request, request.cached = request.order[0], request, best
+        held.changed(row)
 
     def _step(self) -> None:
         """Start a forward pass, and take what an earlier one gave: this one too, where passes do not overlap."""
