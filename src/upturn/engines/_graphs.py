@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from upturn.engines import sampling
-from upturn.engines._passes import BELOW_ONE, Pending
+from upturn.engines._passes import BELOW_ONE, Chosen, Pending, told
 from upturn.engines._slots import Slots, Span
 from upturn.models import _slow, policy
 from upturn.models._gpu_layer import KernelPlan, kernels
@@ -30,9 +31,11 @@ COARSE = 1024
 SEEN = 2
 """Steps of a size before it is captured: they have compiled and warmed all that it needs."""
 
-
 BURST = 4
 """Passes in a row. A draft that ends in the first of them is computed further for nothing; it has some 30 tokens."""
+
+_Spans = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""The columns of `Span`."""
 
 
 class GpuSlots(Slots):
@@ -75,18 +78,17 @@ class _Size:
     asked: int
     graph: Any = None
     out: tuple[Tensor, Tensor] | None = None
+    parts: dict[str, slice] = field(default_factory=dict)
+    """Where each part of a step lies in the buffer."""
+    length: int = 0
+    """Of the buffer."""
 
-    def part(self, name: str) -> slice:
-        """Where a part of a step lies in the buffer."""
+    def __post_init__(self) -> None:
         sizes = {"ids": self.tokens, "slot": self.tokens, "place": self.tokens}
         sizes |= {"asked": self.asked, "uniform": self.asked, "tiles": 4 * self.tokens}
-        begin = sum(list(sizes.values())[: list(sizes).index(name)])
-        return slice(begin, begin + sizes[name])
-
-    @property
-    def length(self) -> int:
-        """Of the buffer."""
-        return self.part("tiles").stop
+        for name, size in sizes.items():
+            self.parts[name] = slice(self.length, self.length + size)
+            self.length += size
 
 
 @dataclass(slots=True)
@@ -103,31 +105,34 @@ class GraphPasses:
     _where: int = 0
     _captures: bool = True
     _pool: Any = None
+    _tile: int = 0
 
     def start(self, fed: list[int], spans: Sequence[Span], uniforms: np.ndarray) -> Pending:
         """See `Passes`."""
         first, *more = uniforms.T if uniforms.ndim == 2 else (uniforms,)
-        self.cache.reserve(max(span.start + span.count for span in spans) + len(more))
+        columns = np.fromiter(chain.from_iterable(spans), np.int32, 4 * len(spans)).reshape(-1, 4).T
+        slots, starts, counts, asked = columns
+        self.cache.reserve(int((starts + counts).max()) + len(more))
         self.cache.flush()
         self._forget_moved()
-        out = self._pass(fed, spans, first)
+        out = self._pass(fed, (slots, starts, counts, asked), first)
         waiting = _Waiting()
         waiting.add(out, len(first))
-        for numbers in more:
-            spans = [Span(span.slot, span.start + span.count, 1, 1) for span in spans]
-            out = self._pass(out[0], spans, numbers)
+        starts, ones = starts + counts, np.ones_like(slots)
+        for done, numbers in enumerate(more):
+            out = self._pass(out[0], (slots, starts + done, ones, ones), numbers)
             waiting.add(out, len(numbers))
         return waiting.ready()
 
-    def _pass(self, fed: list[int] | Tensor, spans: Sequence[Span], uniforms: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _pass(self, fed: list[int] | Tensor, spans: _Spans, uniforms: np.ndarray) -> tuple[Tensor, Tensor]:
         """One pass; it feeds ids, or the first of what an earlier one chose."""
         known = fed if isinstance(fed, list) else []
-        tokens = sum(span.count for span in spans)
-        size = self._size(tokens, sum(span.asked for span in spans))
+        tokens = int(spans[2].sum())
+        size = self._size(tokens, int(spans[3].sum()))
         packed = torch.from_numpy(self._packed(size, known, spans, uniforms)).pin_memory()
         size.buffer.copy_(packed, non_blocking=True)
         if isinstance(fed, Tensor):
-            size.buffer[size.part("ids")][:tokens].copy_(fed[:tokens])
+            size.buffer[size.parts["ids"]][:tokens].copy_(fed[:tokens])
         if size.graph is None:
             out = self._compute(size)
             self._capture(size)
@@ -151,33 +156,37 @@ class GraphPasses:
             self._sizes[key] = size
         return self._sizes[key]
 
-    def _packed(self, size: _Size, fed: list[int], spans: Sequence[Span], uniforms: np.ndarray) -> np.ndarray:
+    def _packed(self, size: _Size, fed: list[int], spans: _Spans, uniforms: np.ndarray) -> np.ndarray:
         """A step as its buffer has it."""
         packed = np.zeros(size.length, dtype=np.int32)
-        slots, starts, counts, asked = np.array([(s.slot, s.start, s.count, s.asked) for s in spans]).T
+        part = {name: packed[where] for name, where in size.parts.items()}
+        slots, starts, counts, asked = spans
         ends = counts.cumsum()
-        packed[size.part("ids")][: len(fed)] = fed
-        packed[size.part("slot")].fill(self.cache.size)
-        packed[size.part("slot")][: ends[-1]] = slots.repeat(counts)
-        packed[size.part("place")][: ends[-1]] = starts.repeat(counts) + _within(counts)
-        packed[size.part("asked")][: asked.sum()] = (ends - asked).repeat(asked) + _within(asked)
-        packed[size.part("uniform")].view(np.float32)[: len(uniforms)] = uniforms.clip(max=BELOW_ONE)
+        part["ids"][: len(fed)] = fed
+        part["slot"].fill(self.cache.size)
+        part["slot"][: ends[-1]] = slots.repeat(counts)
+        part["place"][: ends[-1]] = _running(starts, counts)
+        part["asked"][: asked.sum()] = _running(ends - asked, asked)
+        part["uniform"].view(np.float32)[: len(uniforms)] = uniforms.clip(max=BELOW_ONE)
         tiles = self._tiles(slots, ends - counts, starts, counts)
-        packed[size.part("tiles")].reshape(4, -1)[:, : tiles.shape[1]] = tiles
+        part["tiles"].reshape(4, -1)[:, : tiles.shape[1]] = tiles
         return packed
 
     def _tiles(self, slots: np.ndarray, firsts: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """See `gpu.attend`."""
-        config: Any = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
-        most = kernels().tile_tokens(config.num_attention_heads, self.cache.heads)
-        parts = -(-counts // most)
-        before = most * _within(parts)
-        sizes = np.minimum(most, counts.repeat(parts) - before)
+        if not self._tile:
+            config: Any = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
+            self._tile = kernels().tile_tokens(config.num_attention_heads, self.cache.heads)
+        if counts.max() <= self._tile:
+            return np.stack([slots, firsts, starts, counts])
+        parts = -(-counts // self._tile)
+        before = self._tile * _running(np.zeros_like(parts), parts)
+        sizes = np.minimum(self._tile, counts.repeat(parts) - before)
         return np.stack([slots.repeat(parts), firsts.repeat(parts) + before, starts.repeat(parts) + before, sizes])
 
     def _compute(self, size: _Size) -> tuple[Tensor, Tensor]:
-        part = {name: size.buffer[size.part(name)] for name in ("ids", "slot", "place", "asked", "tiles")}
-        uniform_N = size.buffer[size.part("uniform")].view(torch.float32)
+        part = {name: size.buffer[size.parts[name]] for name in ("ids", "slot", "place", "asked", "tiles")}
+        uniform_N = size.buffer[size.parts["uniform"]].view(torch.float32)
         tiles = part["tiles"].view(4, -1)
         plan = KernelPlan(self.cache.keys, self.cache.values, part["slot"], part["place"], tiles)
         hidden_T = policy.hidden_states(self.model, part["ids"].long(), part["place"].long(), plan)
@@ -230,11 +239,11 @@ class _Waiting:
         self._event.record()
         return self
 
-    def __call__(self) -> list[tuple[int, float]]:
+    def __call__(self) -> Chosen:
         """Row by row, the steps of each side by side."""
         self._event.synchronize()
-        chosen, logprobs = (torch.stack(parts, 1).flatten().tolist() for parts in zip(*self._out, strict=True))
-        return list(zip(chosen, logprobs, strict=True))
+        chosen, logprobs = (torch.stack(parts, 1).flatten() for parts in zip(*self._out, strict=True))
+        return told(chosen, logprobs)
 
 
 def _rounded(size: int) -> int:
@@ -242,6 +251,7 @@ def _rounded(size: int) -> int:
     return SIZES[place] if place < len(SIZES) else -(-size // COARSE) * COARSE
 
 
-def _within(counts: np.ndarray) -> np.ndarray:
-    """0, 1, ... up to each count, one behind the other."""
-    return np.arange(counts.sum()) - (counts.cumsum() - counts).repeat(counts)
+def _running(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """From each first number so many ones, one behind the other."""
+    ends = counts.cumsum()
+    return np.arange(ends[-1]) + (firsts + counts - ends).repeat(counts)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from upturn.engines import sampling
 from upturn.engines._slots import BEGIN, Slots, Span, StepPlan
@@ -17,8 +17,8 @@ from upturn.models import policy
 from upturn.models.fused import fused
 from upturn.models.native import on_gpu, ops
 
-Chosen = list[tuple[int, float]]
-"""Tokens with their log-probs under the unmodified model, one for each token that was asked for."""
+Chosen = tuple[list[int], list[float]]
+"""Tokens, and their log-probs under the unmodified model to six places: one for each token that was asked for."""
 Pending = Callable[[], Chosen]
 """Waits for a pass."""
 BELOW_ONE = 1 - 2**-24
@@ -46,11 +46,11 @@ class Passes:
         plan = StepPlan(self.cache, spans)
         hidden_T = policy.hidden_states(self.model, torch.tensor(fed, device=device), plan.place_T, plan)
         if not len(uniforms):
-            return lambda: []
+            return lambda: ([], [])
         logits = policy.head(self.model, hidden_T[plan.asked_N])
         uniform_N = torch.tensor(uniforms.clip(max=BELOW_ONE), dtype=torch.float32, device=device)
         chosen, logprobs = sampling.choose(logits, uniform_N, self.cfg.temperature, self.cfg.top_p)
-        found = list(zip(chosen.tolist(), logprobs.tolist(), strict=True))
+        found = told(chosen, logprobs)
         return lambda: found
 
 
@@ -92,6 +92,11 @@ class Ready:
     @property
     def _config(self) -> Any:
         return self._model.config.get_text_config()  # type: ignore[operator,union-attr]
+
+
+def told(chosen: Tensor, logprobs: Tensor) -> Chosen:
+    """What a pass chose. A single times a million is exact in double precision, so this rounds as `round` does."""
+    return chosen.tolist(), ((logprobs.double() * 1e6).round() / 1e6).tolist()
 
 
 @dataclass(frozen=True, slots=True)

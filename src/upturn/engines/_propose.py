@@ -8,10 +8,13 @@ Everything here is a pure function of token ids and counts.
 
 from __future__ import annotations
 
-import heapq
+import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
 
 BREAK = -1
 """Ends each draft in the source; no token has this id."""
@@ -31,8 +34,7 @@ MOST = 8
 """Most proposed tokens of a step, in fixed costs: beyond, the fixed cost is less than an eighth of the whole."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pointer:
+class Pointer(NamedTuple):
     """Where in the drafts shown the output seems to be."""
 
     source: tuple[int, ...] = ()
@@ -45,27 +47,29 @@ class Pointer:
 
     def proposal(self, count: int) -> tuple[int, ...]:
         """At most `count` tokens that may come next, none from beyond the draft."""
-        ahead = self.source[self.place : self.place + count]
-        return ahead[: ahead.index(BREAK)] if BREAK in ahead else ahead
+        return self.source[self.place : self.place + self.ahead(count)]
 
-    def follow(self, output: Sequence[int]) -> Pointer:
-        """The pointer after the output grew by its last token.
+    def ahead(self, most: int) -> int:
+        """How many tokens `proposal` has."""
+        if not self.source or most <= 0:
+            return 0
+        return min(most, self.source.index(BREAK, self.place) - self.place)
+
+    def follow(self, output: Sequence[int], new: int = 1) -> Pointer:
+        """The pointer after the output grew by its last tokens, so many `new` ones.
 
         The expected token moves it on. After another one it goes where the longest end of the output stands in the
         source, of equally long ones to the nearest; where none does, the new token is taken for a replacement.
         """
-        if not self.source:
+        source, place, matched = self
+        if not source:
             return self
-        expected = self.source[self.place]  # the last place is a BREAK, so the pointer never leaves the source
-        if expected == output[-1]:
-            return Pointer(self.source, self.place + 1, max(self.matched, 0) + 1)
-        ends = [end for end, token in enumerate(self.source, 1) if token == output[-1]]
-        ranked = ((_agreement(self.source, end, output), -abs(end - self.place), end) for end in ends)
-        found = [key for key in ranked if key[0] > 1 or -key[1] <= NEAR]
-        if found:
-            matched, _, end = max(found)
-            return Pointer(self.source, end, matched)
-        return Pointer(self.source, self.place + (expected != BREAK), 0)
+        for size in range(len(output) - new + 1, len(output) + 1):
+            if source[place] == output[size - 1]:  # the last place is a BREAK, so the pointer never leaves the source
+                place, matched = place + 1, max(matched, 0) + 1
+            else:
+                place, matched = _found(source, place, output, size)
+        return Pointer(source, place, matched)
 
 
 def begin(drafts: Sequence[Sequence[int]], end_ids: Collection[int]) -> Pointer:
@@ -75,9 +79,17 @@ def begin(drafts: Sequence[Sequence[int]], end_ids: Collection[int]) -> Pointer:
     return Pointer(source, len(source) - len(bodies[-1]) - 1) if bodies else Pointer()
 
 
-def _agreement(source: Sequence[int], end: int, output: Sequence[int]) -> int:
-    """How many tokens before `end` equal the output's last ones, at most `LONGEST`."""
-    return num_equal(source[max(0, end - LONGEST) : end][::-1], output[-LONGEST:][::-1])
+def _found(source: Sequence[int], place: int, output: Sequence[int], size: int) -> tuple[int, int]:
+    """Where the end of `output[:size]` stands in the source, and how many tokens agree there."""
+    end, best = 0, (0, 0, 0)
+    for _ in range(source.count(output[size - 1])):
+        end = source.index(output[size - 1], end) + 1
+        most, agreed = min(LONGEST, end, size), 1
+        while agreed < most and source[end - 1 - agreed] == output[size - 1 - agreed]:
+            agreed += 1
+        if agreed > 1 or abs(end - place) <= NEAR:
+            best = max(best, (agreed, -abs(end - place), end))
+    return (best[2], best[0]) if best[0] else (place + (source[place] != BREAK), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,26 +143,37 @@ def allot(chances: Sequence[float], limits: Sequence[int], cost: Cost, most: int
     `pad` for every padded query. Context that is computed in the same step is left out: it costs the same whatever is
     proposed.
     """
-    batch = len(chances)
-    counts, emitted, spent = [0] * batch, float(batch), cost.fixed + (cost.row + 1) * batch
-    gains = [(-p, row) for row, (p, limit) in enumerate(zip(chances, limits, strict=True)) if limit > 0]
-    heapq.heapify(gains)
-    while gains and sum(counts) < most and -gains[0][0] * spent > emitted:
-        gain, row = gains[0]
-        counts[row] += 1
-        emitted, spent = emitted - gain, spent + 1
-        if counts[row] < limits[row]:
-            heapq.heapreplace(gains, (gain * chances[row], row))
-        else:
-            heapq.heappop(gains)
+    counts = _best(chances, limits, cost, most)
+    if cost.pad == 0:  # then every cut lowers the quotient
+        return counts
     cuts = ([min(count, longest) for count in counts] for longest in range(max(counts, default=0) + 1))
     return max(cuts, key=lambda cut: rate(chances, cut, cost))
+
+
+def _best(chances: Sequence[float], limits: Sequence[int], cost: Cost, most: int) -> list[int]:
+    """What `allot` does before it cuts: the greatest gains of all rows, one after the other as long as one pays."""
+    batch = len(chances)
+    emitted, spent = float(batch), cost.fixed + (cost.row + 1) * batch
+    top, bar = max(chances, default=0.0), emitted / spent * (1 - 1e-9) if spent else 1.0  # the quotient only grows
+    longest = min(max(limits, default=0), int(math.log(bar) / math.log(top)) + 1 if 0 < bar < top < 1 else 0)
+    if longest <= 0:
+        return [0] * batch
+    gains = np.multiply.accumulate(np.repeat(np.array(chances)[:, None], longest, axis=1), axis=1)
+    rows, places = ((gains > bar) & (np.arange(longest) < np.array(limits)[:, None])).nonzero()
+    gains = gains[rows, places]
+    order = np.argsort(-gains, kind="stable")  # of equal gains the first row's
+    gains = gains[order]
+    emitted_before = np.add.accumulate(np.concatenate(([emitted], gains)))[:-1]
+    spent_before = np.add.accumulate(np.concatenate(([spent], np.ones(len(gains)))))[:-1]
+    stops = (gains * spent_before <= emitted_before).nonzero()[0]
+    taken = min(most, *stops[:1].tolist(), len(gains))
+    return np.bincount(rows[order[:taken]], minlength=batch).tolist()
 
 
 def rate(chances: Sequence[float], counts: Sequence[int], cost: Cost) -> float:
     """Tokens that a step is expected to emit per unit of cost, with padding."""
     batch, proposed = len(counts), sum(counts)
-    emitted = sum((1 - p ** (k + 1)) / (1 - p) for p, k in zip(chances, counts, strict=True))
+    emitted = sum([(1 - p ** (k + 1)) / (1 - p) if k else 1.0 for p, k in zip(chances, counts, strict=True)])
     padded = batch * max(counts, default=0) - proposed
     return emitted / (cost.fixed + (cost.row + 1) * batch + proposed + cost.pad * padded) if batch else 0.0
 
@@ -198,14 +221,19 @@ class Proposer:
         """What each draft may go on with, at most so many tokens and often nothing, and how many passes to run in a
         row: up to `steps`, where that promises more than to propose."""
         none = [()] * len(drafts)
-        if not any(draft.pointer.source for draft in drafts):
+        pointers = [draft.pointer for draft in drafts]
+        if not any(pointer.source for pointer in pointers):
             return none, steps
-        chances = [draft.tally.chance(self._tally(draft).chance(HOPE)) for draft in drafts]
-        limits = [len(draft.pointer.proposal(room)) for draft, room in zip(drafts, rooms, strict=True)]
+        expected = {matched: tally.chance(HOPE) for matched, tally in self._tallies.items()}
+        chances = [
+            draft.tally.chance(expected.get(min(pointer.matched, SURE), HOPE))
+            for draft, pointer in zip(drafts, pointers, strict=True)
+        ]
+        limits = [pointer.ahead(room) for pointer, room in zip(pointers, rooms, strict=True)]
         counts = allot(chances, limits, self.cost, round(MOST * self.cost.fixed))
         if steps > 1 and burst_rate(len(drafts), steps, self.cost) > rate(chances, counts, self.cost):
             return none, steps
-        return [draft.pointer.proposal(count) for draft, count in zip(drafts, counts, strict=True)], 1
+        return [pointer.proposal(count) if count else () for pointer, count in zip(pointers, counts, strict=True)], 1
 
     def learn(self, draft: Copying, accepted: int, proposed: int) -> None:
         """What became of a proposal, told before the pointer moves on."""
@@ -219,5 +247,7 @@ class Proposer:
 
 def num_equal(guess: Sequence[int], chosen: Sequence[int]) -> int:
     """How many tokens agree before the first that does not."""
-    pairs = enumerate(zip(guess, chosen, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(guess), len(chosen)))
+    for place, (one, other) in enumerate(zip(guess, chosen, strict=False)):
+        if one != other:
+            return place
+    return min(len(guess), len(chosen))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
 
 from upturn.engines._propose import Copying
 from upturn.types import Draft, Kind
+
+NOTHING = -1
+"""Behind what a slot holds; no token has this id."""
 
 
 @dataclass(order=True, slots=True)
@@ -23,19 +24,17 @@ class Request:
     turn: int = field(compare=False)
     kind: Kind = field(compare=False)
     request: str = field(compare=False)
-    uniforms: Any = field(compare=False)
+    space: int = field(compare=False)
+    """Tokens that fit into the model behind the context."""
+    most: int = field(compare=False)
+    """Tokens that the draft may get."""
+    uniforms: list[float] = field(compare=False)
+    """The numbers that choose its tokens; behind the last possible token, which nobody reads, the last one again."""
     done: asyncio.Future[Draft] = field(compare=False)
     copying: Copying = field(compare=False)
     cached: int = field(compare=False, default=0)
     token_ids: list[int] = field(compare=False, default_factory=list)
     logprobs: list[float] = field(compare=False, default_factory=list)
-
-    def next_uniforms(self, steps: int) -> Any:
-        """The numbers that choose the next tokens; behind the last possible token, which nobody reads, the last one."""
-        first = len(self.token_ids)
-        found = self.uniforms[first : first + steps]
-        missing = steps - len(found)
-        return np.append(found, self.uniforms[-1:].repeat(missing)) if missing else found
 
     def behind(self, start: int) -> list[int]:
         """Context and answer so far from a place on, without looking at all of them."""
@@ -68,3 +67,49 @@ def shared(ids: list[int], wanted: list[int]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if ids[low:middle] == wanted[low:middle] else (low, middle)
     return low
+
+
+class Held:
+    """What slots hold, while it changes only with what is told: searched many times in a row."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._slots = slots
+        self._prompts = [slot.prompt for slot in slots]
+        self._columns: dict[int, list[int]] = {}
+
+    def of(self, prompt: int) -> list[int]:
+        """The slots of a prompt."""
+        return places(self._prompts, prompt)
+
+    def longest_shared(self, wanted: list[int], row: int, mine: Sequence[int]) -> tuple[int, int, int]:
+        """How many of the tokens wanted a slot holds, and which slot holds most of them, and how many: of some slots,
+        or of all that go on as wanted."""
+        own = best = shared(self._slots[row].ids, wanted)
+        donor, end = row, len(wanted)
+        if best < end:
+            for other in mine or places(self._column(best), wanted[best]):
+                ids = self._slots[other].ids
+                if best < min(end, len(ids)) and ids[best] == wanted[best] and (size := shared(ids, wanted)) > best:
+                    donor, best = other, size
+        return own, donor, best
+
+    def changed(self, row: int) -> None:
+        """A slot holds something else."""
+        slot = self._slots[row]
+        self._prompts[row] = slot.prompt
+        for place, column in self._columns.items():
+            column[row] = slot.ids[place] if place < len(slot.ids) else NOTHING
+
+    def _column(self, place: int) -> list[int]:
+        if place not in self._columns:
+            ids = [slot.ids for slot in self._slots]
+            self._columns[place] = [each[place] if place < len(each) else NOTHING for each in ids]
+        return self._columns[place]
+
+
+def places(values: Sequence[int], value: int) -> list[int]:
+    """Where a value stands."""
+    found = list[int]()
+    for _ in range(values.count(value)):
+        found.append(values.index(value, found[-1] + 1 if found else 0))
+    return found

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,14 +73,13 @@ class Slots:
             held[:, [one, other], :, :length] = held[:, [other, one], :, :length]
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """New tokens of one slot in a forward pass."""
 
     slot: int
     start: int
     """Tokens that the slot holds already."""
-    count: int
+    count: int  # type: ignore[assignment]
     """New tokens."""
     asked: int
     """Of how many of these, the last ones, the next token is wanted: one, and one for each proposed token."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from upturn.engines import _base, _propose, sampling
 from upturn.engines._base import Generate
 from upturn.engines._passes import Launched, Ready, kind_of
 from upturn.engines._propose import Copying, Proposer
-from upturn.engines._requests import Request, Slot, shared
+from upturn.engines._requests import Held, Request, Slot, shared
 from upturn.engines._slots import Span
 from upturn.errors import DataError
 from upturn.models.chat import Chat
@@ -62,6 +61,7 @@ class Local:
         self.longest = int(config.max_position_embeddings)
         self.max_new_tokens = cfg.max_new_tokens or 256
         self.speculate = speculate
+        self._ends = frozenset(chat.end_ids)
         self._config = config
         self._ready = Ready(self.model, cfg, slots)
         self._cache: Any = None
@@ -127,14 +127,19 @@ class Local:
         async def sample(prompt: Prompt, shown: Sequence[Draft], request: str = "", kind: Kind = "answer") -> Draft:
             nonlocal calls
             index, calls = calls, calls + 1
+            context = self.chat.context(prompt.text, shown, request, kind)
+            space = self.longest - len(context)
+            numbers = sampling.uniforms(self.seed, f"{prompt.id}/{index}", self.max_new_tokens).tolist()
             asked = Request(
                 order=(order, index),
-                context=self.chat.context(prompt.text, shown, request, kind),
+                context=context,
                 parents=tuple(draft.index for draft in shown),
                 turn=_base.next_turn(shown, kind),
                 kind=kind,
                 request=request,
-                uniforms=sampling.uniforms(self.seed, f"{prompt.id}/{index}", self.max_new_tokens),
+                space=space,
+                most=min(self.max_new_tokens, space),
+                uniforms=numbers + numbers[-1:] * (self._passes.burst - 1),
                 done=asyncio.get_running_loop().create_future(),
                 copying=self._copying([draft for draft in shown if draft.kind == kind]),
             )
@@ -146,16 +151,22 @@ class Local:
     def _copying(self, shown: Sequence[Draft]) -> Copying:
         """A new draft is guessed from those of its kind: an answer is no critique's copy."""
         drafts = [draft.token_ids for draft in shown] if self.speculate else []
-        return Copying(_propose.begin(drafts, self.chat.end_ids))
+        return Copying(_propose.begin(drafts, self._ends))
 
     def _admit(self) -> None:
         """Give free slots to waiting requests. Siblings with one context wait until the first of them is computed."""
+        if self._queue and (free := [row for row, slot in enumerate(self._slots) if slot.request is None]):
+            self._fill(free)
+        if not self._queue and not self._cache.native:
+            self._compact()
+
+    def _fill(self, free: list[int]) -> None:
         budget = PREFILL_TOKENS
         contexts = {slot.request.context for slot in self._slots if slot.request and not slot.request.token_ids}
         waiting: list[Request] = []
-        free = [row for row, slot in enumerate(self._slots) if slot.request is None]
         if not self._flying and not any(slot.ids for slot in self._slots):
             self._compute_template()
+        held = Held(self._slots)
         while self._queue and free and budget > 0:
             request = heapq.heappop(self._queue)
             if len(request.context) >= self.longest:
@@ -163,30 +174,25 @@ class Local:
             elif request.context in contexts:
                 waiting.append(request)
             else:
-                row = next((r for r in free if self._slots[r].prompt == request.order[0]), free[0])
+                mine = held.of(request.order[0])
+                row = next((r for r in mine if self._slots[r].request is None), free[0])
                 free.remove(row)
-                self._take_over(row, request)
+                self._take_over(row, request, held, mine)
                 contexts.add(request.context)
                 budget -= len(request.context) - request.cached
         for request in waiting:
             heapq.heappush(self._queue, request)
-        if not self._queue and not self._cache.native:
-            self._compact()
 
-    def _take_over(self, row: int, request: Request) -> None:
-        """Put a request into a slot, with as much of its context as any slot already holds."""
+    def _take_over(self, row: int, request: Request, held: Held, mine: list[int]) -> None:
+        """Put a request into a slot, with as much of its context as any slot already holds: those of its prompt, or
+        for a new prompt what others have of the template, or more."""
         slot, wanted = self._slots[row], list(request.context[:-1])
-        own = best = shared(slot.ids, wanted)
-        donor = row
-        mine = [other for other, held in enumerate(self._slots) if held.prompt == request.order[0]]
-        for other in mine or range(self.num_slots):  # a new prompt: what others have of the template, or more
-            ids = self._slots[other].ids
-            if ids[own : own + 1] == wanted[own : own + 1] and (size := shared(ids, wanted)) > best:
-                donor, best = other, size
+        own, donor, best = held.longest_shared(wanted, row, mine)
         if best > own:
             self._cache.copy(donor, row, own, best)
         slot.ids = wanted[:best]
-        slot.prompt, slot.request, request.cached = request.order[0], request, len(slot.ids)
+        slot.prompt, slot.request, request.cached = request.order[0], request, best
+        held.changed(row)
 
     def _step(self) -> None:
         """Start a forward pass, and take what an earlier one gave: this one too, where passes do not overlap."""
@@ -198,27 +204,28 @@ class Local:
             self._flying.append(self._launch(rows))
         while len(self._flying) > (1 if halves and rows else 0):
             launched = self._flying.pop(0)
-            sampled = iter(launched.pending())
+            (tokens, logprobs), first = launched.pending(), 0
             for row, guess in zip(launched.rows, launched.guesses, strict=True):
-                self._take(row, guess, list(islice(sampled, launched.steps + len(guess))))
+                last = first + launched.steps + len(guess)
+                self._take(row, guess, tokens[first:last], logprobs[first:last])
+                first = last
 
     def _launch(self, rows: list[int]) -> Launched:
         """One forward pass: feed what each slot has not seen yet and a guess behind it."""
         running = [self._slots[row].running for row in rows]
-        rooms = [self._room(request) for request in running]
-        most = min(self._passes.burst, min(self.longest - len(r.context) - len(r.token_ids) for r in running))
-        guesses, steps = self._proposer.propose([r.copying for r in running], [room - 1 for room in rooms], most)
-        fed, spans = list[int](), list[Span]()
-        for row, request, guess in zip(rows, running, guesses, strict=True):
+        sizes = [len(request.token_ids) for request in running]
+        most = min(self._passes.burst, min([r.space - size for r, size in zip(running, sizes, strict=True)]))
+        rooms = [request.most - size - 1 for request, size in zip(running, sizes, strict=True)]
+        guesses, steps = self._proposer.propose([request.copying for request in running], rooms, most)
+        fed, spans, numbers = list[int](), list[Span](), list[float]()
+        for row, request, size, guess in zip(rows, running, sizes, guesses, strict=True):
             start = len(self._slots[row].ids)
-            new = [*request.behind(start), *guess]
-            spans.append(Span(row, start, len(new), 1 + len(guess)))
+            new = request.behind(start)
             fed += new
-        if steps > 1:
-            uniforms = np.stack([request.next_uniforms(steps) for request in running])
-        else:
-            numbers = [r.uniforms[len(r.token_ids) :][: s.asked] for r, s in zip(running, spans, strict=True)]
-            uniforms = np.concatenate(numbers)
+            fed += guess
+            spans.append(Span(row, start, len(new) + len(guess), 1 + len(guess)))
+            numbers += request.uniforms[size : size + steps + len(guess)]
+        uniforms = np.array(numbers).reshape(len(rows), steps) if steps > 1 else np.array(numbers)
         self.num_forwards += steps
         self.num_tokens_computed += len(fed) + (steps - 1) * len(rows)
         return Launched(rows, guesses, steps, self._passes.start(fed, spans, uniforms))
@@ -232,41 +239,31 @@ class Local:
             self.num_forwards += 1
             self.num_tokens_computed += size
 
-    def _room(self, request: Request) -> int:
-        """How many tokens a running draft may still get."""
-        size = len(request.token_ids)
-        return min(self.max_new_tokens - size, self.longest - len(request.context) - size)
-
-    def _take(self, row: int, guess: tuple[int, ...], sampled: list[tuple[int, float]]) -> None:
+    def _take(self, row: int, guess: tuple[int, ...], tokens: list[int], logprobs: list[float]) -> None:
         """Append sampled tokens up to the first that was not guessed. What was fed behind it will be overwritten."""
         slot = self._slots[row]
         request, copying = slot.running, slot.running.copying
         if guess:
-            accepted = _propose.num_equal(guess, [token for token, _ in sampled])
+            accepted = _propose.num_equal(guess, tokens)
             self._proposer.learn(copying, accepted, len(guess))
             self.num_proposed += len(guess)
             self.num_accepted += accepted
-            sampled = sampled[: accepted + 1]
-        reason = None
-        for token, logprob in sampled:
-            request.token_ids.append(token)
-            request.logprobs.append(logprob)
-            if copying.pointer.source:
-                copying.pointer = copying.pointer.follow(request.token_ids)
-            if reason := self._reason(request):
-                break
-        slot.ids.extend(request.behind(len(slot.ids))[:-1])
+            tokens = tokens[: accepted + 1]
+        room, reason = request.most - len(request.token_ids), None
+        tokens = tokens[:room]
+        if not self._ends.isdisjoint(tokens):
+            reason = "stop"
+            tokens = tokens[: 1 + next(place for place, token in enumerate(tokens) if token in self._ends)]
+        elif len(tokens) == room:
+            reason = "length" if request.most == self.max_new_tokens else "context"
+        request.token_ids += tokens
+        request.logprobs += logprobs[: len(tokens)]
+        slot.ids += request.behind(len(slot.ids))[:-1]
         if reason:
             slot.request = None
             self._finish(request, reason)
-
-    def _reason(self, request: Request) -> FinishReason | None:
-        """Why the draft ends with its last token, if it does."""
-        if request.token_ids[-1] in self.chat.end_ids:
-            return "stop"
-        if self._room(request) > 0:
-            return None
-        return "length" if len(request.token_ids) >= self.max_new_tokens else "context"
+        else:
+            copying.pointer = copying.pointer.follow(request.token_ids, len(tokens))
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         draft = Draft(
@@ -275,7 +272,7 @@ class Local:
             parents=request.parents,
             text=self.chat.decode(request.token_ids),
             token_ids=tuple(request.token_ids),
-            sampler_logprobs=tuple(round(value, 6) for value in request.logprobs),
+            sampler_logprobs=tuple(request.logprobs),
             finish_reason=reason,
             prompt_tokens=len(request.context),
             cached_tokens=request.cached,

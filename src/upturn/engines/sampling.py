@@ -33,7 +33,8 @@ class Config(Strict):
 def uniforms(seed: int, key: str, count: int) -> np.ndarray:
     """`count` numbers in [0, 1) that depend on the seed and the draft's key only."""
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
-    return np.random.default_rng(np.frombuffer(digest, dtype=np.uint64)).random(count)
+    words = np.frombuffer(digest, dtype=np.uint32)  # of 32 bits, as the generator takes them: others are split slowly
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words))).random(count)
 
 
 def choose(logits_NV: Tensor, uniform_N: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
