@@ -32,6 +32,9 @@ ROUND = 0.02
 """Seconds of one timed round of calls, about."""
 DTYPES = ("bfloat16", "float32")
 GOALS = {"training step": ">= 0.5", "generation": ">= 0.5"}
+WARMUPS = {"cpu": 1, "cuda": 3}
+"""What is asked before a training step is measured, and with the measured one of a generation: a GPU's graphs are
+captured as sizes come again."""
 MFU = "training step, MFU"
 BUDGETS = (16384, 8192, 4096)
 """Tokens of a micro-batch for the MFU, the first that fits into memory."""
@@ -138,7 +141,8 @@ def fastest(work: Callable[[], object], args: argparse.Namespace) -> float:
 def training(args: argparse.Namespace, s: _roofline.Shape, arms: Arms) -> Found:
     """Work and seconds of one optimizer step on the profile `keywords`."""
     with arms.of("training") as arm:
-        arm.ask(budget=_training.BUDGETS[args.device])
+        for _ in range(WARMUPS[args.device]):
+            arm.ask(budget=_training.BUDGETS[args.device])
         runs: list[Answer] = [arm.ask() for _ in range(args.repeats)]
         shares = _shares(arm)
     arms.drop("training")
@@ -162,7 +166,7 @@ def generation(args: argparse.Namespace, s: _roofline.Shape, arms: Arms) -> Foun
     question = {"prompts": args.prompts, "turns": 4, "temperature": 1.0, "max_new_tokens": 48, "seed": 0}
     with arms.of("generation") as arm:
         arm.ask(**question | {"prompts": min(8, args.prompts)})
-        run = arm.ask(**question)
+        run = [arm.ask(**question) for _ in range(WARMUPS[args.device])][-1]
         few = {"prompts": args.slots, "turns": 1, "max_new_tokens": 8}  # the profiler keeps every operator in memory
         shares = _shares(arm, **question | few)
     arms.drop("generation")
