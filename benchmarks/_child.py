@@ -24,7 +24,7 @@ CLOCKS = ("seconds", "cpu_seconds")
 DEVICES = {"cpu": "cpu", "cuda": "gpu"}
 """Where arms run, and what rows call it."""
 PATIENCE = 180.0
-"""Seconds that an arm on a GPU may take for one answer, its start included: such machines are lent by the minute."""
+"""Seconds that an arm on a GPU may take for one answer, its start included, so that one that hangs does not hold the others up."""
 Answer = dict[str, Any]
 
 
