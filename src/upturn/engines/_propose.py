@@ -224,9 +224,10 @@ class Proposer:
         pointers = [draft.pointer for draft in drafts]
         if not any(pointer.source for pointer in pointers):
             return none, steps
-        expected = {matched: tally.chance(HOPE) for matched, tally in self._tallies.items()}
+        expected = [self._tallies[matched].chance(HOPE) for matched in range(START, SURE + 1)]
+        sure = expected[-1]
         chances = [
-            draft.tally.chance(expected.get(min(pointer.matched, SURE), HOPE))
+            draft.tally.chance(expected[pointer.matched - START] if pointer.matched < SURE else sure)
             for draft, pointer in zip(drafts, pointers, strict=True)
         ]
         limits = [pointer.ahead(room) for pointer, room in zip(pointers, rooms, strict=True)]

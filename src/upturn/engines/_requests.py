@@ -85,12 +85,10 @@ class Held:
         """How many of the tokens wanted a slot holds, and which slot holds most of them, and how many: of some slots,
         or of all that go on as wanted."""
         own = best = shared(self._slots[row].ids, wanted)
-        donor, end = row, len(wanted)
-        if best < end:
-            for other in mine or places(self._column(best), wanted[best]):
-                ids = self._slots[other].ids
-                if best < min(end, len(ids)) and ids[best] == wanted[best] and (size := shared(ids, wanted)) > best:
-                    donor, best = other, size
+        donor, other = row, -1
+        while best < len(wanted) and (other := self._next(other, best, wanted[best], mine)) >= 0:
+            if (size := shared(self._slots[other].ids, wanted)) > best:
+                donor, best = other, size
         return own, donor, best
 
     def changed(self, row: int) -> None:
@@ -100,11 +98,16 @@ class Held:
         for place, column in self._columns.items():
             column[row] = slot.ids[place] if place < len(slot.ids) else NOTHING
 
-    def _column(self, place: int) -> list[int]:
+    def _next(self, row: int, place: int, token: int, mine: Sequence[int]) -> int:
+        """The first slot behind this one that has a token at a place, -1 where there is none."""
+        if mine:
+            ids = ((other, self._slots[other].ids) for other in mine if other > row)
+            return next((other for other, held in ids if held[place : place + 1] == [token]), -1)
         if place not in self._columns:
-            ids = [slot.ids for slot in self._slots]
-            self._columns[place] = [each[place] if place < len(each) else NOTHING for each in ids]
-        return self._columns[place]
+            held = [slot.ids for slot in self._slots]
+            self._columns[place] = [ids[place] if place < len(ids) else NOTHING for ids in held]
+        column = self._columns[place]
+        return column.index(token, row + 1) if token in column[row + 1 :] else -1
 
 
 def places(values: Sequence[int], value: int) -> list[int]:
