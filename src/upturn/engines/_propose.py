@@ -9,6 +9,7 @@ Everything here is a pure function of token ids and counts.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -47,13 +48,8 @@ class Pointer(NamedTuple):
 
     def proposal(self, count: int) -> tuple[int, ...]:
         """At most `count` tokens that may come next, none from beyond the draft."""
-        return self.source[self.place : self.place + self.ahead(count)]
-
-    def ahead(self, most: int) -> int:
-        """How many tokens `proposal` has."""
-        if not self.source or most <= 0:
-            return 0
-        return min(most, self.source.index(BREAK, self.place) - self.place)
+        ahead = self.source[self.place : self.place + count]
+        return ahead[: ahead.index(BREAK)] if BREAK in ahead else ahead
 
     def follow(self, output: Sequence[int], new: int = 1) -> Pointer:
         """The pointer after the output grew by its last tokens, so many `new` ones.
@@ -206,6 +202,15 @@ class Copying:
 
     pointer: Pointer
     tally: Tally = field(default_factory=Tally)
+    _breaks: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._breaks = [place for place, token in enumerate(self.pointer.source) if token == BREAK]
+
+    def ahead(self, most: int) -> int:
+        """How many tokens a proposal may have: `len(self.pointer.proposal(most))`."""
+        place = self.pointer.place
+        return min(most, self._breaks[bisect_left(self._breaks, place)] - place) if self._breaks else 0
 
 
 class Proposer:
@@ -221,20 +226,15 @@ class Proposer:
         """What each draft may go on with, at most so many tokens and often nothing, and how many passes to run in a
         row: up to `steps`, where that promises more than to propose."""
         none = [()] * len(drafts)
-        pointers = [draft.pointer for draft in drafts]
-        if not any(pointer.source for pointer in pointers):
+        if not any([draft.pointer.source for draft in drafts]):
             return none, steps
-        expected = [self._tallies[matched].chance(HOPE) for matched in range(START, SURE + 1)]
-        sure = expected[-1]
-        chances = [
-            draft.tally.chance(expected[pointer.matched - START] if pointer.matched < SURE else sure)
-            for draft, pointer in zip(drafts, pointers, strict=True)
-        ]
-        limits = [pointer.ahead(room) for pointer, room in zip(pointers, rooms, strict=True)]
+        expected = {matched: self._tallies[matched].chance(HOPE) for matched in range(START, SURE + 1)}
+        chances = [draft.tally.chance(expected[min(draft.pointer.matched, SURE)]) for draft in drafts]
+        limits = [draft.ahead(room) for draft, room in zip(drafts, rooms, strict=True)]
         counts = allot(chances, limits, self.cost, round(MOST * self.cost.fixed))
         if steps > 1 and burst_rate(len(drafts), steps, self.cost) > rate(chances, counts, self.cost):
             return none, steps
-        return [pointer.proposal(count) if count else () for pointer, count in zip(pointers, counts, strict=True)], 1
+        return [draft.pointer.proposal(count) if count else () for draft, count in zip(drafts, counts, strict=True)], 1
 
     def learn(self, draft: Copying, accepted: int, proposed: int) -> None:
         """What became of a proposal, told before the pointer moves on."""

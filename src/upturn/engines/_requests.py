@@ -13,28 +13,28 @@ NOTHING = -1
 """Behind what a slot holds; no token has this id."""
 
 
-@dataclass(order=True, slots=True)
+@dataclass(slots=True)
 class Request:
     """One draft: as it was asked for, and as far as it has come."""
 
     order: tuple[int, int]
-    """(prompt, draft): earlier prompts first, so later turns come before new prompts."""
-    context: tuple[int, ...] = field(compare=False)
-    parents: tuple[int, ...] = field(compare=False)
-    turn: int = field(compare=False)
-    kind: Kind = field(compare=False)
-    request: str = field(compare=False)
-    space: int = field(compare=False)
+    """(prompt, draft)."""
+    context: tuple[int, ...]
+    parents: tuple[int, ...]
+    turn: int
+    kind: Kind
+    request: str
+    space: int
     """Tokens that fit into the model behind the context."""
-    most: int = field(compare=False)
+    most: int
     """Tokens that the draft may get."""
-    uniforms: list[float] = field(compare=False)
+    uniforms: list[float]
     """The numbers that choose its tokens; behind the last possible token, which nobody reads, the last one again."""
-    done: asyncio.Future[Draft] = field(compare=False)
-    copying: Copying = field(compare=False)
-    cached: int = field(compare=False, default=0)
-    token_ids: list[int] = field(compare=False, default_factory=list)
-    logprobs: list[float] = field(compare=False, default_factory=list)
+    done: asyncio.Future[Draft]
+    copying: Copying
+    cached: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
 
     def behind(self, start: int) -> list[int]:
         """Context and answer so far from a place on, without looking at all of them."""

@@ -98,7 +98,8 @@ class Local:
     ) -> list[Attempt]:
         self._slots = [Slot() for _ in range(self.num_slots)]
         self._flying: list[Launched] = []
-        self._queue: list[Request] = []
+        self._queue: list[tuple[tuple[int, int], Request]] = []
+        """A heap: earlier prompts first, so later turns come before new prompts."""
         self._on_draft = on_draft
         self._proposer = Proposer(_propose.COSTS.get(kind_of(self._cache), _propose.NO_SAVING))
         waiting = list(enumerate(prompts))[::-1]
@@ -143,7 +144,7 @@ class Local:
                 done=asyncio.get_running_loop().create_future(),
                 copying=self._copying([draft for draft in shown if draft.kind == kind]),
             )
-            heapq.heappush(self._queue, asked)
+            heapq.heappush(self._queue, (asked.order, asked))
             return await asked.done
 
         return sample
@@ -168,7 +169,7 @@ class Local:
             self._compute_template()
         held = Held(self._slots)
         while self._queue and free and budget > 0:
-            request = heapq.heappop(self._queue)
+            _, request = heapq.heappop(self._queue)
             if len(request.context) >= self.longest:
                 self._finish(request, "context")
             elif request.context in contexts:
@@ -181,7 +182,7 @@ class Local:
                 contexts.add(request.context)
                 budget -= len(request.context) - request.cached
         for request in waiting:
-            heapq.heappush(self._queue, request)
+            heapq.heappush(self._queue, (request.order, request))
 
     def _take_over(self, row: int, request: Request, held: Held, mine: list[int]) -> None:
         """Put a request into a slot, with as much of its context as any slot already holds: those of its prompt, or
@@ -219,11 +220,10 @@ class Local:
         guesses, steps = self._proposer.propose([request.copying for request in running], rooms, most)
         fed, spans, numbers = list[int](), list[Span](), list[float]()
         for row, request, size, guess in zip(rows, running, sizes, guesses, strict=True):
-            start = len(self._slots[row].ids)
-            new = request.behind(start)
-            fed += new
+            start, asked = len(self._slots[row].ids), 1 + len(guess)
+            fed += request.behind(start)
             fed += guess
-            spans.append(Span(row, start, len(new) + len(guess), 1 + len(guess)))
+            spans.append(Span(row, start, len(request.context) + size + len(guess) - start, asked))
             numbers += request.uniforms[size : size + steps + len(guess)]
         uniforms = np.array(numbers).reshape(len(rows), steps) if steps > 1 else np.array(numbers)
         self.num_forwards += steps
@@ -232,7 +232,7 @@ class Local:
 
     def _compute_template(self) -> None:
         """What the first contexts of a run have in common, once: all slots will take it from the first one."""
-        contexts = sorted(request.context[:-1] for request in self._queue if len(request.context) < self.longest)
+        contexts = sorted(request.context[:-1] for _, request in self._queue if len(request.context) < self.longest)
         if len(contexts) > 1 and (size := shared([*contexts[0]], [*contexts[-1]])) >= TEMPLATE_TOKENS:
             self._slots[0].ids = [*contexts[0][:size]]
             self._passes.start(self._slots[0].ids, [Span(0, 0, size, 1)], np.empty(0))
@@ -256,9 +256,10 @@ class Local:
             tokens = tokens[: 1 + next(place for place, token in enumerate(tokens) if token in self._ends)]
         elif len(tokens) == room:
             reason = "length" if request.most == self.max_new_tokens else "context"
+        slot.ids += request.behind(len(slot.ids))
+        slot.ids += tokens[:-1]
         request.token_ids += tokens
         request.logprobs += logprobs[: len(tokens)]
-        slot.ids += request.behind(len(slot.ids))[:-1]
         if reason:
             slot.request = None
             self._finish(request, reason)
