@@ -34,6 +34,7 @@ SEEN = 2
 BURST = 4
 """Passes in a row. A draft that ends in the first of them is computed further for nothing; it has some 30 tokens."""
 
+
 class GpuSlots(Slots):
     """Slots in the plain layout, and one more for what only fills a step."""
 

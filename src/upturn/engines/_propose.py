@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -61,31 +62,34 @@ class Pointer(NamedTuple):
         if not source:
             return self
         for size in range(len(output) - new + 1, len(output) + 1):
-            if source[place] == output[size - 1]:  # the last place is a BREAK, so the pointer never leaves the source
+            expected, token = source[place], output[size - 1]
+            if expected == token:  # the last place is a BREAK, so the pointer never leaves the source
                 place, matched = place + 1, max(matched, 0) + 1
+            elif token in source and (found := _found(source, place, output[:size])):
+                place, matched = found
             else:
-                place, matched = _found(source, place, output, size)
+                place, matched = place + (expected != BREAK), 0
         return Pointer(source, place, matched)
 
 
 def begin(drafts: Sequence[Sequence[int]], end_ids: Collection[int]) -> Pointer:
     """The pointer of a new output: at the start of the last draft shown."""
-    bodies = [tuple(token for token in draft if token not in end_ids) for draft in drafts]
-    source = tuple(token for body in bodies for token in (*body, BREAK))
-    return Pointer(source, len(source) - len(bodies[-1]) - 1) if bodies else Pointer()
+    bodies = [[token for token in draft if token not in end_ids] + [BREAK] for draft in drafts]
+    return Pointer(tuple(chain.from_iterable(bodies)), sum(map(len, bodies[:-1])))
 
 
-def _found(source: Sequence[int], place: int, output: Sequence[int], size: int) -> tuple[int, int]:
-    """Where the end of `output[:size]` stands in the source, and how many tokens agree there."""
-    end, best = 0, (0, 0, 0)
-    for _ in range(source.count(output[size - 1])):
-        end = source.index(output[size - 1], end) + 1
-        most, agreed = min(LONGEST, end, size), 1
-        while agreed < most and source[end - 1 - agreed] == output[size - 1 - agreed]:
-            agreed += 1
+def _found(source: Sequence[int], place: int, output: Sequence[int]) -> tuple[int, int] | None:
+    """Where the longest end of the output stands in the source, and its length, at most `LONGEST`."""
+    end, found = 0, list[tuple[int, int, int]]()
+    for _ in range(source.count(output[-1])):
+        end = source.index(output[-1], end) + 1
+        agreed = num_equal(source[max(0, end - LONGEST) : end][::-1], output[-LONGEST:][::-1])
         if agreed > 1 or abs(end - place) <= NEAR:
-            best = max(best, (agreed, -abs(end - place), end))
-    return (best[2], best[0]) if best[0] else (place + (source[place] != BREAK), 0)
+            found.append((agreed, -abs(end - place), end))
+    if not found:
+        return None
+    agreed, _, end = max(found)
+    return end, agreed
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,23 +151,24 @@ def allot(chances: Sequence[float], limits: Sequence[int], cost: Cost, most: int
 
 
 def _best(chances: Sequence[float], limits: Sequence[int], cost: Cost, most: int) -> list[int]:
-    """What `allot` does before it cuts: the greatest gains of all rows, one after the other as long as one pays."""
+    """What `allot` does before it cuts: all gains that are greater than the quotient which they make together."""
     batch = len(chances)
-    emitted, spent = float(batch), cost.fixed + (cost.row + 1) * batch
-    top, bar = max(chances, default=0.0), emitted / spent * (1 - 1e-9) if spent else 1.0  # the quotient only grows
+    spent, top = cost.fixed + (cost.row + 1) * batch, max(chances, default=0.0)
+    bar = batch / spent if spent else 1.0  # it only rises: the gains that are still greater than it are looked at again
     longest = min(max(limits, default=0), int(math.log(bar) / math.log(top)) + 1 if 0 < bar < top < 1 else 0)
     if longest <= 0:
         return [0] * batch
     gains = np.multiply.accumulate(np.repeat(np.array(chances)[:, None], longest, axis=1), axis=1)
-    rows, places = ((gains > bar) & (np.arange(longest) < np.array(limits)[:, None])).nonzero()
-    gains = gains[rows, places]
-    order = np.argsort(-gains, kind="stable")  # of equal gains the first row's
-    gains = gains[order]
-    emitted_before = np.add.accumulate(np.concatenate(([emitted], gains)))[:-1]
-    spent_before = np.add.accumulate(np.concatenate(([spent], np.ones(len(gains)))))[:-1]
-    stops = (gains * spent_before <= emitted_before).nonzero()[0]
-    taken = min(most, *stops[:1].tolist(), len(gains))
-    return np.bincount(rows[order[:taken]], minlength=batch).tolist()
+    gains *= np.arange(longest) < np.array(limits)[:, None]
+    before, taken = -1, gains > bar
+    while (count := np.count_nonzero(taken)) != before:
+        before, bar = count, (batch + gains[taken].sum()) / (spent + count)
+        taken = gains > bar
+    if count > most:
+        rows, _ = taken.nonzero()
+        order = np.argsort(-gains[taken], kind="stable")  # of equal gains the first row's
+        return np.bincount(rows[order[:most]], minlength=batch).tolist()
+    return taken.sum(axis=1).tolist()
 
 
 def rate(chances: Sequence[float], counts: Sequence[int], cost: Cost) -> float:

@@ -86,6 +86,8 @@ class Held:
         or of all that go on as wanted."""
         own = best = shared(self._slots[row].ids, wanted)
         donor, other = row, -1
+        if mine == [row]:
+            return own, row, own
         while best < len(wanted) and (other := self._next(other, best, wanted[best], mine)) >= 0:
             if (size := shared(self._slots[other].ids, wanted)) > best:
                 donor, best = other, size

@@ -16,6 +16,7 @@ is proposed follows from counts and never from a clock: the same run gives the s
 from __future__ import annotations
 
 import asyncio
+import gc
 import heapq
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -87,9 +88,13 @@ class Local:
         """Run a strategy over all prompts; attempts come back in the order of the prompts."""
 
         def work() -> list[Attempt]:
-            with torch.inference_mode(), self._ready.opened() as (cache, passes):
-                self._cache, self._passes = cache, passes
-                return asyncio.run(self._run(prompts, generate, on_draft))
+            gc.freeze()  # else collections look through all modules and models again and again
+            try:
+                with torch.inference_mode(), self._ready.opened() as (cache, passes):
+                    self._cache, self._passes = cache, passes
+                    return asyncio.run(self._run(prompts, generate, on_draft))
+            finally:
+                gc.unfreeze()
 
         return _base.outside_loops(work)
 
