@@ -36,11 +36,6 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
-    def behind(self, start: int) -> list[int]:
-        """Context and answer so far from a place on, without looking at all of them."""
-        skipped = start - len(self.context)
-        return self.token_ids[skipped:] if skipped >= 0 else [*self.context[start:], *self.token_ids]
-
 
 @dataclass(slots=True)
 class Slot:
@@ -108,8 +103,10 @@ class Held:
         if place not in self._columns:
             held = [slot.ids for slot in self._slots]
             self._columns[place] = [ids[place] if place < len(ids) else NOTHING for ids in held]
-        column = self._columns[place]
-        return column.index(token, row + 1) if token in column[row + 1 :] else -1
+        try:
+            return self._columns[place].index(token, row + 1)
+        except ValueError:
+            return -1
 
 
 def places(values: Sequence[int], value: int) -> list[int]:

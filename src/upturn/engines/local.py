@@ -225,11 +225,12 @@ class Local:
         guesses, steps = self._proposer.propose([request.copying for request in running], rooms, most)
         fed, spans, numbers = list[int](), list[Span](), list[float]()
         for row, request, size, guess in zip(rows, running, sizes, guesses, strict=True):
-            start, asked = len(self._slots[row].ids), 1 + len(guess)
-            fed += request.behind(start)
+            start, more = len(self._slots[row].ids), len(guess)
+            new = request.token_ids[-1:] or request.context[start:]
+            fed += new
             fed += guess
-            spans.append(Span(row, start, len(request.context) + size + len(guess) - start, asked))
-            numbers += request.uniforms[size : size + steps + len(guess)]
+            spans.append(Span(row, start, len(new) + more, 1 + more))
+            numbers += request.uniforms[size : size + steps + more]
         uniforms = np.array(numbers).reshape(len(rows), steps) if steps > 1 else np.array(numbers)
         self.num_forwards += steps
         self.num_tokens_computed += len(fed) + (steps - 1) * len(rows)
@@ -247,10 +248,10 @@ class Local:
     def _take(self, row: int, guess: tuple[int, ...], tokens: list[int], logprobs: list[float]) -> None:
         """Append sampled tokens up to the first that was not guessed. What was fed behind it will be overwritten."""
         slot = self._slots[row]
-        request, copying = slot.running, slot.running.copying
+        request = slot.running
         if guess:
             accepted = _propose.num_equal(guess, tokens)
-            self._proposer.learn(copying, accepted, len(guess))
+            self._proposer.learn(request.copying, accepted, len(guess))
             self.num_proposed += len(guess)
             self.num_accepted += accepted
             tokens = tokens[: accepted + 1]
@@ -261,15 +262,15 @@ class Local:
             tokens = tokens[: 1 + next(place for place, token in enumerate(tokens) if token in self._ends)]
         elif len(tokens) == room:
             reason = "length" if request.most == self.max_new_tokens else "context"
-        slot.ids += request.behind(len(slot.ids))
+        slot.ids += request.token_ids[-1:] or request.context[len(slot.ids) :]
         slot.ids += tokens[:-1]
         request.token_ids += tokens
         request.logprobs += logprobs[: len(tokens)]
         if reason:
             slot.request = None
             self._finish(request, reason)
-        else:
-            copying.pointer = copying.pointer.follow(request.token_ids, len(tokens))
+        elif request.copying.pointer.source:
+            request.copying.pointer = request.copying.pointer.follow(request.token_ids, len(tokens))
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         draft = Draft(
