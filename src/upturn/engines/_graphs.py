@@ -34,9 +34,6 @@ SEEN = 2
 BURST = 4
 """Passes in a row. A draft that ends in the first of them is computed further for nothing; it has some 30 tokens."""
 
-_Spans = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""The columns of `Span`."""
-
 
 class GpuSlots(Slots):
     """Slots in the plain layout, and one more for what only fills a step."""
@@ -90,6 +87,15 @@ class _Size:
             self.parts[name] = slice(self.length, self.length + size)
             self.length += size
 
+    def put_uniforms(self, packed: np.ndarray, uniforms: np.ndarray) -> None:
+        """Into a packed step."""
+        packed[self.parts["uniform"]].view(np.float32)[: len(uniforms)] = uniforms.clip(max=BELOW_ONE)
+
+    def move_on(self, packed: np.ndarray, count: int) -> None:
+        """Make a step of one token for each of `count` slots the one that follows it."""
+        packed[self.parts["place"]][:count] += 1
+        packed[self.parts["tiles"]].reshape(4, -1)[2, :count] += 1
+
 
 @dataclass(slots=True)
 class GraphPasses:
@@ -115,24 +121,28 @@ class GraphPasses:
         self.cache.reserve(int((starts + counts).max()) + len(more))
         self.cache.flush()
         self._forget_moved()
-        out = self._pass(fed, (slots, starts, counts, asked), first)
+        size = self._size(len(fed), int(asked.sum()))
+        packed = self._packed(size, columns, first)
+        packed[size.parts["ids"]][: len(fed)] = fed
+        out = self._pass(size, packed)
         waiting = _Waiting()
         waiting.add(out, len(first))
-        starts, ones = starts + counts, np.ones_like(slots)
-        for done, numbers in enumerate(more):
-            out = self._pass(out[0], (slots, starts + done, ones, ones), numbers)
-            waiting.add(out, len(numbers))
+        if more:
+            ones = np.ones_like(slots)
+            size = self._size(len(slots), len(slots))
+            packed = self._packed(size, np.stack([slots, starts + counts, ones, ones]), more[0])
+        for numbers in more:
+            size.put_uniforms(packed, numbers)
+            out = self._pass(size, packed, out[0][: len(slots)])
+            waiting.add(out, len(slots))
+            size.move_on(packed, len(slots))
         return waiting.ready()
 
-    def _pass(self, fed: list[int] | Tensor, spans: _Spans, uniforms: np.ndarray) -> tuple[Tensor, Tensor]:
-        """One pass; it feeds ids, or the first of what an earlier one chose."""
-        known = fed if isinstance(fed, list) else []
-        tokens = int(spans[2].sum())
-        size = self._size(tokens, int(spans[3].sum()))
-        packed = torch.from_numpy(self._packed(size, known, spans, uniforms)).pin_memory()
-        size.buffer.copy_(packed, non_blocking=True)
-        if isinstance(fed, Tensor):
-            size.buffer[size.parts["ids"]][:tokens].copy_(fed[:tokens])
+    def _pass(self, size: _Size, packed: np.ndarray, fed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One pass; it feeds the ids that were packed, or what an earlier one chose."""
+        size.buffer.copy_(torch.from_numpy(packed).pin_memory(), non_blocking=True)
+        if fed is not None:
+            size.buffer[size.parts["ids"]][: len(fed)].copy_(fed)
         if size.graph is None:
             out = self._compute(size)
             self._capture(size)
@@ -156,18 +166,17 @@ class GraphPasses:
             self._sizes[key] = size
         return self._sizes[key]
 
-    def _packed(self, size: _Size, fed: list[int], spans: _Spans, uniforms: np.ndarray) -> np.ndarray:
-        """A step as its buffer has it."""
+    def _packed(self, size: _Size, columns: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+        """A step as its buffer has it, less the ids; `columns [4, N]` of `Span`."""
         packed = np.zeros(size.length, dtype=np.int32)
         part = {name: packed[where] for name, where in size.parts.items()}
-        slots, starts, counts, asked = spans
+        slots, starts, counts, asked = columns
         ends = counts.cumsum()
-        part["ids"][: len(fed)] = fed
         part["slot"].fill(self.cache.size)
         part["slot"][: ends[-1]] = slots.repeat(counts)
         part["place"][: ends[-1]] = _running(starts, counts)
         part["asked"][: asked.sum()] = _running(ends - asked, asked)
-        part["uniform"].view(np.float32)[: len(uniforms)] = uniforms.clip(max=BELOW_ONE)
+        size.put_uniforms(packed, uniforms)
         tiles = self._tiles(slots, ends - counts, starts, counts)
         part["tiles"].reshape(4, -1)[:, : tiles.shape[1]] = tiles
         return packed

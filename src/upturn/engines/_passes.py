@@ -96,7 +96,8 @@ class Ready:
 
 def told(chosen: Tensor, logprobs: Tensor) -> Chosen:
     """What a pass chose. A single times a million is exact in double precision, so this rounds as `round` does."""
-    return chosen.tolist(), ((logprobs.double() * 1e6).round() / 1e6).tolist()
+    exact = logprobs.cpu().numpy().astype(np.float64)
+    return chosen.cpu().numpy().tolist(), (np.rint(exact * 1e6) / 1e6).tolist()
 
 
 @dataclass(frozen=True, slots=True)

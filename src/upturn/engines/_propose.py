@@ -9,9 +9,11 @@ Everything here is a pure function of token ids and counts.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -47,13 +49,8 @@ class Pointer(NamedTuple):
 
     def proposal(self, count: int) -> tuple[int, ...]:
         """At most `count` tokens that may come next, none from beyond the draft."""
-        return self.source[self.place : self.place + self.ahead(count)]
-
-    def ahead(self, most: int) -> int:
-        """How many tokens `proposal` has."""
-        if not self.source or most <= 0:
-            return 0
-        return min(most, self.source.index(BREAK, self.place) - self.place)
+        ahead = self.source[self.place : self.place + count]
+        return ahead[: ahead.index(BREAK)] if BREAK in ahead else ahead
 
     def follow(self, output: Sequence[int], new: int = 1) -> Pointer:
         """The pointer after the output grew by its last tokens, so many `new` ones.
@@ -65,31 +62,34 @@ class Pointer(NamedTuple):
         if not source:
             return self
         for size in range(len(output) - new + 1, len(output) + 1):
-            if source[place] == output[size - 1]:  # the last place is a BREAK, so the pointer never leaves the source
+            expected, token = source[place], output[size - 1]
+            if expected == token:  # the last place is a BREAK, so the pointer never leaves the source
                 place, matched = place + 1, max(matched, 0) + 1
+            elif token in source and (found := _found(source, place, output[:size])):
+                place, matched = found
             else:
-                place, matched = _found(source, place, output, size)
+                place, matched = place + (expected != BREAK), 0
         return Pointer(source, place, matched)
 
 
 def begin(drafts: Sequence[Sequence[int]], end_ids: Collection[int]) -> Pointer:
     """The pointer of a new output: at the start of the last draft shown."""
-    bodies = [tuple(token for token in draft if token not in end_ids) for draft in drafts]
-    source = tuple(token for body in bodies for token in (*body, BREAK))
-    return Pointer(source, len(source) - len(bodies[-1]) - 1) if bodies else Pointer()
+    bodies = [[token for token in draft if token not in end_ids] + [BREAK] for draft in drafts]
+    return Pointer(tuple(chain.from_iterable(bodies)), sum(map(len, bodies[:-1])))
 
 
-def _found(source: Sequence[int], place: int, output: Sequence[int], size: int) -> tuple[int, int]:
-    """Where the end of `output[:size]` stands in the source, and how many tokens agree there."""
-    end, best = 0, (0, 0, 0)
-    for _ in range(source.count(output[size - 1])):
-        end = source.index(output[size - 1], end) + 1
-        most, agreed = min(LONGEST, end, size), 1
-        while agreed < most and source[end - 1 - agreed] == output[size - 1 - agreed]:
-            agreed += 1
+def _found(source: Sequence[int], place: int, output: Sequence[int]) -> tuple[int, int] | None:
+    """Where the longest end of the output stands in the source, and its length, at most `LONGEST`."""
+    end, found = 0, list[tuple[int, int, int]]()
+    for _ in range(source.count(output[-1])):
+        end = source.index(output[-1], end) + 1
+        agreed = num_equal(source[max(0, end - LONGEST) : end][::-1], output[-LONGEST:][::-1])
         if agreed > 1 or abs(end - place) <= NEAR:
-            best = max(best, (agreed, -abs(end - place), end))
-    return (best[2], best[0]) if best[0] else (place + (source[place] != BREAK), 0)
+            found.append((agreed, -abs(end - place), end))
+    if not found:
+        return None
+    agreed, _, end = max(found)
+    return end, agreed
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,23 +151,24 @@ def allot(chances: Sequence[float], limits: Sequence[int], cost: Cost, most: int
 
 
 def _best(chances: Sequence[float], limits: Sequence[int], cost: Cost, most: int) -> list[int]:
-    """What `allot` does before it cuts: the greatest gains of all rows, one after the other as long as one pays."""
+    """What `allot` does before it cuts: all gains that are greater than the quotient which they make together."""
     batch = len(chances)
-    emitted, spent = float(batch), cost.fixed + (cost.row + 1) * batch
-    top, bar = max(chances, default=0.0), emitted / spent * (1 - 1e-9) if spent else 1.0  # the quotient only grows
+    spent, top = cost.fixed + (cost.row + 1) * batch, max(chances, default=0.0)
+    bar = batch / spent if spent else 1.0  # it only rises: the gains that are still greater than it are looked at again
     longest = min(max(limits, default=0), int(math.log(bar) / math.log(top)) + 1 if 0 < bar < top < 1 else 0)
     if longest <= 0:
         return [0] * batch
     gains = np.multiply.accumulate(np.repeat(np.array(chances)[:, None], longest, axis=1), axis=1)
-    rows, places = ((gains > bar) & (np.arange(longest) < np.array(limits)[:, None])).nonzero()
-    gains = gains[rows, places]
-    order = np.argsort(-gains, kind="stable")  # of equal gains the first row's
-    gains = gains[order]
-    emitted_before = np.add.accumulate(np.concatenate(([emitted], gains)))[:-1]
-    spent_before = np.add.accumulate(np.concatenate(([spent], np.ones(len(gains)))))[:-1]
-    stops = (gains * spent_before <= emitted_before).nonzero()[0]
-    taken = min(most, *stops[:1].tolist(), len(gains))
-    return np.bincount(rows[order[:taken]], minlength=batch).tolist()
+    gains *= np.arange(longest) < np.array(limits)[:, None]
+    before, taken = -1, gains > bar
+    while (count := np.count_nonzero(taken)) != before:
+        before, bar = count, (batch + gains[taken].sum()) / (spent + count)
+        taken = gains > bar
+    if count > most:
+        rows, _ = taken.nonzero()
+        order = np.argsort(-gains[taken], kind="stable")  # of equal gains the first row's
+        return np.bincount(rows[order[:most]], minlength=batch).tolist()
+    return taken.sum(axis=1).tolist()
 
 
 def rate(chances: Sequence[float], counts: Sequence[int], cost: Cost) -> float:
@@ -206,6 +207,15 @@ class Copying:
 
     pointer: Pointer
     tally: Tally = field(default_factory=Tally)
+    _breaks: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._breaks = [place for place, token in enumerate(self.pointer.source) if token == BREAK]
+
+    def ahead(self, most: int) -> int:
+        """How many tokens a proposal may have: `len(self.pointer.proposal(most))`."""
+        place = self.pointer.place
+        return min(most, self._breaks[bisect_left(self._breaks, place)] - place) if self._breaks else 0
 
 
 class Proposer:
@@ -221,19 +231,15 @@ class Proposer:
         """What each draft may go on with, at most so many tokens and often nothing, and how many passes to run in a
         row: up to `steps`, where that promises more than to propose."""
         none = [()] * len(drafts)
-        pointers = [draft.pointer for draft in drafts]
-        if not any(pointer.source for pointer in pointers):
+        if not any([draft.pointer.source for draft in drafts]):
             return none, steps
-        expected = {matched: tally.chance(HOPE) for matched, tally in self._tallies.items()}
-        chances = [
-            draft.tally.chance(expected.get(min(pointer.matched, SURE), HOPE))
-            for draft, pointer in zip(drafts, pointers, strict=True)
-        ]
-        limits = [pointer.ahead(room) for pointer, room in zip(pointers, rooms, strict=True)]
+        expected = {matched: self._tallies[matched].chance(HOPE) for matched in range(START, SURE + 1)}
+        chances = [draft.tally.chance(expected[min(draft.pointer.matched, SURE)]) for draft in drafts]
+        limits = [draft.ahead(room) for draft, room in zip(drafts, rooms, strict=True)]
         counts = allot(chances, limits, self.cost, round(MOST * self.cost.fixed))
         if steps > 1 and burst_rate(len(drafts), steps, self.cost) > rate(chances, counts, self.cost):
             return none, steps
-        return [pointer.proposal(count) if count else () for pointer, count in zip(pointers, counts, strict=True)], 1
+        return [draft.pointer.proposal(count) if count else () for draft, count in zip(drafts, counts, strict=True)], 1
 
     def learn(self, draft: Copying, accepted: int, proposed: int) -> None:
         """What became of a proposal, told before the pointer moves on."""

@@ -13,33 +13,28 @@ NOTHING = -1
 """Behind what a slot holds; no token has this id."""
 
 
-@dataclass(order=True, slots=True)
+@dataclass(slots=True)
 class Request:
     """One draft: as it was asked for, and as far as it has come."""
 
     order: tuple[int, int]
-    """(prompt, draft): earlier prompts first, so later turns come before new prompts."""
-    context: tuple[int, ...] = field(compare=False)
-    parents: tuple[int, ...] = field(compare=False)
-    turn: int = field(compare=False)
-    kind: Kind = field(compare=False)
-    request: str = field(compare=False)
-    space: int = field(compare=False)
+    """(prompt, draft)."""
+    context: tuple[int, ...]
+    parents: tuple[int, ...]
+    turn: int
+    kind: Kind
+    request: str
+    space: int
     """Tokens that fit into the model behind the context."""
-    most: int = field(compare=False)
+    most: int
     """Tokens that the draft may get."""
-    uniforms: list[float] = field(compare=False)
+    uniforms: list[float]
     """The numbers that choose its tokens; behind the last possible token, which nobody reads, the last one again."""
-    done: asyncio.Future[Draft] = field(compare=False)
-    copying: Copying = field(compare=False)
-    cached: int = field(compare=False, default=0)
-    token_ids: list[int] = field(compare=False, default_factory=list)
-    logprobs: list[float] = field(compare=False, default_factory=list)
-
-    def behind(self, start: int) -> list[int]:
-        """Context and answer so far from a place on, without looking at all of them."""
-        skipped = start - len(self.context)
-        return self.token_ids[skipped:] if skipped >= 0 else [*self.context[start:], *self.token_ids]
+    done: asyncio.Future[Draft]
+    copying: Copying
+    cached: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -85,12 +80,12 @@ class Held:
         """How many of the tokens wanted a slot holds, and which slot holds most of them, and how many: of some slots,
         or of all that go on as wanted."""
         own = best = shared(self._slots[row].ids, wanted)
-        donor, end = row, len(wanted)
-        if best < end:
-            for other in mine or places(self._column(best), wanted[best]):
-                ids = self._slots[other].ids
-                if best < min(end, len(ids)) and ids[best] == wanted[best] and (size := shared(ids, wanted)) > best:
-                    donor, best = other, size
+        donor, other = row, -1
+        if mine == [row]:
+            return own, row, own
+        while best < len(wanted) and (other := self._next(other, best, wanted[best], mine)) >= 0:
+            if (size := shared(self._slots[other].ids, wanted)) > best:
+                donor, best = other, size
         return own, donor, best
 
     def changed(self, row: int) -> None:
@@ -100,11 +95,18 @@ class Held:
         for place, column in self._columns.items():
             column[row] = slot.ids[place] if place < len(slot.ids) else NOTHING
 
-    def _column(self, place: int) -> list[int]:
+    def _next(self, row: int, place: int, token: int, mine: Sequence[int]) -> int:
+        """The first slot behind this one that has a token at a place, -1 where there is none."""
+        if mine:
+            ids = ((other, self._slots[other].ids) for other in mine if other > row)
+            return next((other for other, held in ids if held[place : place + 1] == [token]), -1)
         if place not in self._columns:
-            ids = [slot.ids for slot in self._slots]
-            self._columns[place] = [each[place] if place < len(each) else NOTHING for each in ids]
-        return self._columns[place]
+            held = [slot.ids for slot in self._slots]
+            self._columns[place] = [ids[place] if place < len(ids) else NOTHING for ids in held]
+        try:
+            return self._columns[place].index(token, row + 1)
+        except ValueError:
+            return -1
 
 
 def places(values: Sequence[int], value: int) -> list[int]:

@@ -16,6 +16,7 @@ is proposed follows from counts and never from a clock: the same run gives the s
 from __future__ import annotations
 
 import asyncio
+import gc
 import heapq
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -87,9 +88,13 @@ class Local:
         """Run a strategy over all prompts; attempts come back in the order of the prompts."""
 
         def work() -> list[Attempt]:
-            with torch.inference_mode(), self._ready.opened() as (cache, passes):
-                self._cache, self._passes = cache, passes
-                return asyncio.run(self._run(prompts, generate, on_draft))
+            gc.freeze()  # else collections look through all modules and models again and again
+            try:
+                with torch.inference_mode(), self._ready.opened() as (cache, passes):
+                    self._cache, self._passes = cache, passes
+                    return asyncio.run(self._run(prompts, generate, on_draft))
+            finally:
+                gc.unfreeze()
 
         return _base.outside_loops(work)
 
@@ -98,7 +103,8 @@ class Local:
     ) -> list[Attempt]:
         self._slots = [Slot() for _ in range(self.num_slots)]
         self._flying: list[Launched] = []
-        self._queue: list[Request] = []
+        self._queue: list[tuple[tuple[int, int], Request]] = []
+        """A heap: earlier prompts first, so later turns come before new prompts."""
         self._on_draft = on_draft
         self._proposer = Proposer(_propose.COSTS.get(kind_of(self._cache), _propose.NO_SAVING))
         waiting = list(enumerate(prompts))[::-1]
@@ -143,7 +149,7 @@ class Local:
                 done=asyncio.get_running_loop().create_future(),
                 copying=self._copying([draft for draft in shown if draft.kind == kind]),
             )
-            heapq.heappush(self._queue, asked)
+            heapq.heappush(self._queue, (asked.order, asked))
             return await asked.done
 
         return sample
@@ -168,7 +174,7 @@ class Local:
             self._compute_template()
         held = Held(self._slots)
         while self._queue and free and budget > 0:
-            request = heapq.heappop(self._queue)
+            _, request = heapq.heappop(self._queue)
             if len(request.context) >= self.longest:
                 self._finish(request, "context")
             elif request.context in contexts:
@@ -181,7 +187,7 @@ class Local:
                 contexts.add(request.context)
                 budget -= len(request.context) - request.cached
         for request in waiting:
-            heapq.heappush(self._queue, request)
+            heapq.heappush(self._queue, (request.order, request))
 
     def _take_over(self, row: int, request: Request, held: Held, mine: list[int]) -> None:
         """Put a request into a slot, with as much of its context as any slot already holds: those of its prompt, or
@@ -219,12 +225,12 @@ class Local:
         guesses, steps = self._proposer.propose([request.copying for request in running], rooms, most)
         fed, spans, numbers = list[int](), list[Span](), list[float]()
         for row, request, size, guess in zip(rows, running, sizes, guesses, strict=True):
-            start = len(self._slots[row].ids)
-            new = request.behind(start)
+            start, more = len(self._slots[row].ids), len(guess)
+            new = request.token_ids[-1:] or request.context[start:]
             fed += new
             fed += guess
-            spans.append(Span(row, start, len(new) + len(guess), 1 + len(guess)))
-            numbers += request.uniforms[size : size + steps + len(guess)]
+            spans.append(Span(row, start, len(new) + more, 1 + more))
+            numbers += request.uniforms[size : size + steps + more]
         uniforms = np.array(numbers).reshape(len(rows), steps) if steps > 1 else np.array(numbers)
         self.num_forwards += steps
         self.num_tokens_computed += len(fed) + (steps - 1) * len(rows)
@@ -232,7 +238,7 @@ class Local:
 
     def _compute_template(self) -> None:
         """What the first contexts of a run have in common, once: all slots will take it from the first one."""
-        contexts = sorted(request.context[:-1] for request in self._queue if len(request.context) < self.longest)
+        contexts = sorted(request.context[:-1] for _, request in self._queue if len(request.context) < self.longest)
         if len(contexts) > 1 and (size := shared([*contexts[0]], [*contexts[-1]])) >= TEMPLATE_TOKENS:
             self._slots[0].ids = [*contexts[0][:size]]
             self._passes.start(self._slots[0].ids, [Span(0, 0, size, 1)], np.empty(0))
@@ -242,10 +248,10 @@ class Local:
     def _take(self, row: int, guess: tuple[int, ...], tokens: list[int], logprobs: list[float]) -> None:
         """Append sampled tokens up to the first that was not guessed. What was fed behind it will be overwritten."""
         slot = self._slots[row]
-        request, copying = slot.running, slot.running.copying
+        request = slot.running
         if guess:
             accepted = _propose.num_equal(guess, tokens)
-            self._proposer.learn(copying, accepted, len(guess))
+            self._proposer.learn(request.copying, accepted, len(guess))
             self.num_proposed += len(guess)
             self.num_accepted += accepted
             tokens = tokens[: accepted + 1]
@@ -256,14 +262,15 @@ class Local:
             tokens = tokens[: 1 + next(place for place, token in enumerate(tokens) if token in self._ends)]
         elif len(tokens) == room:
             reason = "length" if request.most == self.max_new_tokens else "context"
+        slot.ids += request.token_ids[-1:] or request.context[len(slot.ids) :]
+        slot.ids += tokens[:-1]
         request.token_ids += tokens
         request.logprobs += logprobs[: len(tokens)]
-        slot.ids += request.behind(len(slot.ids))[:-1]
         if reason:
             slot.request = None
             self._finish(request, reason)
-        else:
-            copying.pointer = copying.pointer.follow(request.token_ids, len(tokens))
+        elif request.copying.pointer.source:
+            request.copying.pointer = request.copying.pointer.follow(request.token_ids, len(tokens))
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         draft = Draft(
