@@ -24,7 +24,7 @@ CLOCKS = ("seconds", "cpu_seconds")
 DEVICES = {"cpu": "cpu", "cuda": "gpu"}
 """Where arms run, and what rows call it."""
 PATIENCE = 180.0
-"""Seconds that an arm on a GPU may take for one answer, its start included, so that one that hangs does not hold the others up."""
+"""Seconds that an arm on a GPU may take for one answer, its start included: one that hangs must not stop the others."""
 Answer = dict[str, Any]
 
 
