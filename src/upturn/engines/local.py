@@ -135,7 +135,7 @@ class Local:
             index, calls = calls, calls + 1
             context = self.chat.context(prompt.text, shown, request, kind)
             space = self.longest - len(context)
-            numbers = sampling.uniforms(self.seed, f"{prompt.id}/{index}", self.max_new_tokens).tolist()
+            most = self.max_new_tokens + self._passes.burst - 1  # a burst may go on behind the last possible token
             asked = Request(
                 order=(order, index),
                 context=context,
@@ -145,7 +145,7 @@ class Local:
                 request=request,
                 space=space,
                 most=min(self.max_new_tokens, space),
-                uniforms=numbers + numbers[-1:] * (self._passes.burst - 1),
+                uniforms=sampling.uniforms(self.seed, f"{prompt.id}/{index}", most),
                 done=asyncio.get_running_loop().create_future(),
                 copying=self._copying([draft for draft in shown if draft.kind == kind]),
             )
@@ -223,15 +223,17 @@ class Local:
         most = min(self._passes.burst, min([r.space - size for r, size in zip(running, sizes, strict=True)]))
         rooms = [request.most - size - 1 for request, size in zip(running, sizes, strict=True)]
         guesses, steps = self._proposer.propose([request.copying for request in running], rooms, most)
-        fed, spans, numbers = list[int](), list[Span](), list[float]()
+        fed, spans, numbers = list[int](), list[Span](), list[np.ndarray]()
         for row, request, size, guess in zip(rows, running, sizes, guesses, strict=True):
             start, more = len(self._slots[row].ids), len(guess)
             new = request.token_ids[-1:] or request.context[start:]
             fed += new
             fed += guess
             spans.append(Span(row, start, len(new) + more, 1 + more))
-            numbers += request.uniforms[size : size + steps + more]
-        uniforms = np.array(numbers).reshape(len(rows), steps) if steps > 1 else np.array(numbers)
+            numbers.append(request.uniforms[size : size + steps + more])
+        uniforms = np.concatenate(numbers)
+        if steps > 1:
+            uniforms = uniforms.reshape(-1, steps)
         self.num_forwards += steps
         self.num_tokens_computed += len(fed) + (steps - 1) * len(rows)
         return Launched(rows, guesses, steps, self._passes.start(fed, spans, uniforms))
