@@ -160,13 +160,14 @@ class Local:
         return Copying(_propose.begin(drafts, self._ends))
 
     def _admit(self) -> None:
-        """Give free slots to waiting requests. Siblings with one context wait until the first of them is computed."""
+        """Give free slots to waiting requests."""
         if self._queue and (free := [row for row, slot in enumerate(self._slots) if slot.request is None]):
             self._fill(free)
         if not self._queue and not self._cache.native:
             self._compact()
 
     def _fill(self, free: list[int]) -> None:
+        """The first requests into these slots. Siblings with one context wait until the first of them is computed."""
         budget = PREFILL_TOKENS
         contexts = {slot.request.context for slot in self._slots if slot.request and not slot.request.token_ids}
         waiting: list[Request] = []
