@@ -16,7 +16,6 @@ is proposed follows from counts and never from a clock: the same run gives the s
 from __future__ import annotations
 
 import asyncio
-import gc
 import heapq
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -88,13 +87,9 @@ class Local:
         """Run a strategy over all prompts; attempts come back in the order of the prompts."""
 
         def work() -> list[Attempt]:
-            gc.freeze()  # else collections look through all modules and models again and again
-            try:
-                with torch.inference_mode(), self._ready.opened() as (cache, passes):
-                    self._cache, self._passes = cache, passes
-                    return asyncio.run(self._run(prompts, generate, on_draft))
-            finally:
-                gc.unfreeze()
+            with torch.inference_mode(), _base.few_collections(), self._ready.opened() as (cache, passes):
+                self._cache, self._passes = cache, passes
+                return asyncio.run(self._run(prompts, generate, on_draft))
 
         return _base.outside_loops(work)
 
@@ -103,8 +98,7 @@ class Local:
     ) -> list[Attempt]:
         self._slots = [Slot() for _ in range(self.num_slots)]
         self._flying: list[Launched] = []
-        self._queue: list[tuple[tuple[int, int], Request]] = []
-        """A heap: earlier prompts first, so later turns come before new prompts."""
+        self._queue: list[tuple[tuple[int, int], Request]] = []  # earlier prompts first: later turns before new ones
         self._on_draft = on_draft
         self._proposer = Proposer(_propose.COSTS.get(kind_of(self._cache), _propose.NO_SAVING))
         waiting = list(enumerate(prompts))[::-1]
@@ -191,8 +185,7 @@ class Local:
             heapq.heappush(self._queue, (request.order, request))
 
     def _take_over(self, row: int, request: Request, held: Held, mine: list[int]) -> None:
-        """Put a request into a slot, with as much of its context as any slot already holds: those of its prompt, or
-        for a new prompt what others have of the template, or more."""
+        """Put a request into a slot, with as much of its context as its prompt's slots hold, or for a new one any."""
         slot, wanted = self._slots[row], list(request.context[:-1])
         own, donor, best = held.longest_shared(wanted, row, mine)
         if best > own:
@@ -232,9 +225,7 @@ class Local:
             fed += guess
             spans.append(Span(row, start, len(new) + more, 1 + more))
             numbers.append(request.uniforms[size : size + steps + more])
-        uniforms = np.concatenate(numbers)
-        if steps > 1:
-            uniforms = uniforms.reshape(-1, steps)
+        uniforms = np.concatenate(numbers).reshape((-1, steps) if steps > 1 else -1)
         self.num_forwards += steps
         self.num_tokens_computed += len(fed) + (steps - 1) * len(rows)
         return Launched(rows, guesses, steps, self._passes.start(fed, spans, uniforms))

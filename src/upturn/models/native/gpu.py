@@ -93,7 +93,9 @@ def tile_tokens(heads: int, kv_heads: int) -> int:
     return max(4, ROWS // triton.next_power_of_2(heads // kv_heads))
 
 
-def attend(q: Tensor, tiles: Tensor, cache: tuple[Tensor, Tensor], how: tuple[float, float, int], out: Tensor) -> None:
+def attend(
+    q: Tensor, tiles: Tensor, cache: tuple[Tensor, Tensor], how: tuple[float, float, int], out: Tensor
+) -> None:
     """Attention of `q [T, H, D]`, each over its slot up to its own place, into `out [T, H, D]`.
 
     tiles   `[4, N]` int32: slot, first token of the step, its place in the slot, and how many tokens (at most
