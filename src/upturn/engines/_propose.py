@@ -163,7 +163,7 @@ def _best(chances: Sequence[float], limits: Sequence[int], cost: Cost, most: int
     before, taken = -1, gains > bar
     while (count := np.count_nonzero(taken)) != before:
         before, bar = count, (batch + gains[taken].sum()) / (spent + count)
-        taken = gains > bar
+        taken &= gains > bar
     if count > most:
         rows, _ = taken.nonzero()
         order = np.argsort(-gains[taken], kind="stable")  # of equal gains the first row's

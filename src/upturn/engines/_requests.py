@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from upturn.engines._propose import Copying
 from upturn.types import Draft, Kind
 
@@ -28,8 +30,8 @@ class Request:
     """Tokens that fit into the model behind the context."""
     most: int
     """Tokens that the draft may get."""
-    uniforms: list[float]
-    """The numbers that choose its tokens; behind the last possible token, which nobody reads, the last one again."""
+    uniforms: np.ndarray
+    """The numbers that choose its tokens."""
     done: asyncio.Future[Draft]
     copying: Copying
     cached: int = 0

@@ -16,7 +16,6 @@ is proposed follows from counts and never from a clock: the same run gives the s
 from __future__ import annotations
 
 import asyncio
-import gc
 import heapq
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -88,13 +87,9 @@ class Local:
         """Run a strategy over all prompts; attempts come back in the order of the prompts."""
 
         def work() -> list[Attempt]:
-            gc.freeze()  # else collections look through all modules and models again and again
-            try:
-                with torch.inference_mode(), self._ready.opened() as (cache, passes):
-                    self._cache, self._passes = cache, passes
-                    return asyncio.run(self._run(prompts, generate, on_draft))
-            finally:
-                gc.unfreeze()
+            with torch.inference_mode(), _base.few_collections(), self._ready.opened() as (cache, passes):
+                self._cache, self._passes = cache, passes
+                return asyncio.run(self._run(prompts, generate, on_draft))
 
         return _base.outside_loops(work)
 
@@ -103,8 +98,7 @@ class Local:
     ) -> list[Attempt]:
         self._slots = [Slot() for _ in range(self.num_slots)]
         self._flying: list[Launched] = []
-        self._queue: list[tuple[tuple[int, int], Request]] = []
-        """A heap: earlier prompts first, so later turns come before new prompts."""
+        self._queue: list[tuple[tuple[int, int], Request]] = []  # earlier prompts first: later turns before new ones
         self._on_draft = on_draft
         self._proposer = Proposer(_propose.COSTS.get(kind_of(self._cache), _propose.NO_SAVING))
         waiting = list(enumerate(prompts))[::-1]
@@ -135,7 +129,7 @@ class Local:
             index, calls = calls, calls + 1
             context = self.chat.context(prompt.text, shown, request, kind)
             space = self.longest - len(context)
-            numbers = sampling.uniforms(self.seed, f"{prompt.id}/{index}", self.max_new_tokens).tolist()
+            most = self.max_new_tokens + self._passes.burst - 1  # a burst may go on behind the last possible token
             asked = Request(
                 order=(order, index),
                 context=context,
@@ -145,7 +139,7 @@ class Local:
                 request=request,
                 space=space,
                 most=min(self.max_new_tokens, space),
-                uniforms=numbers + numbers[-1:] * (self._passes.burst - 1),
+                uniforms=sampling.uniforms(self.seed, f"{prompt.id}/{index}", most),
                 done=asyncio.get_running_loop().create_future(),
                 copying=self._copying([draft for draft in shown if draft.kind == kind]),
             )
@@ -160,13 +154,14 @@ class Local:
         return Copying(_propose.begin(drafts, self._ends))
 
     def _admit(self) -> None:
-        """Give free slots to waiting requests. Siblings with one context wait until the first of them is computed."""
+        """Give free slots to waiting requests."""
         if self._queue and (free := [row for row, slot in enumerate(self._slots) if slot.request is None]):
             self._fill(free)
         if not self._queue and not self._cache.native:
             self._compact()
 
     def _fill(self, free: list[int]) -> None:
+        """The first requests into these slots. Siblings with one context wait until the first of them is computed."""
         budget = PREFILL_TOKENS
         contexts = {slot.request.context for slot in self._slots if slot.request and not slot.request.token_ids}
         waiting: list[Request] = []
@@ -190,8 +185,7 @@ class Local:
             heapq.heappush(self._queue, (request.order, request))
 
     def _take_over(self, row: int, request: Request, held: Held, mine: list[int]) -> None:
-        """Put a request into a slot, with as much of its context as any slot already holds: those of its prompt, or
-        for a new prompt what others have of the template, or more."""
+        """Put a request into a slot, with as much of its context as its prompt's slots hold, or for a new one any."""
         slot, wanted = self._slots[row], list(request.context[:-1])
         own, donor, best = held.longest_shared(wanted, row, mine)
         if best > own:
@@ -223,15 +217,15 @@ class Local:
         most = min(self._passes.burst, min([r.space - size for r, size in zip(running, sizes, strict=True)]))
         rooms = [request.most - size - 1 for request, size in zip(running, sizes, strict=True)]
         guesses, steps = self._proposer.propose([request.copying for request in running], rooms, most)
-        fed, spans, numbers = list[int](), list[Span](), list[float]()
+        fed, spans, numbers = list[int](), list[Span](), list[np.ndarray]()
         for row, request, size, guess in zip(rows, running, sizes, guesses, strict=True):
             start, more = len(self._slots[row].ids), len(guess)
             new = request.token_ids[-1:] or request.context[start:]
             fed += new
             fed += guess
             spans.append(Span(row, start, len(new) + more, 1 + more))
-            numbers += request.uniforms[size : size + steps + more]
-        uniforms = np.array(numbers).reshape(len(rows), steps) if steps > 1 else np.array(numbers)
+            numbers.append(request.uniforms[size : size + steps + more])
+        uniforms = np.concatenate(numbers).reshape((-1, steps) if steps > 1 else -1)
         self.num_forwards += steps
         self.num_tokens_computed += len(fed) + (steps - 1) * len(rows)
         return Launched(rows, guesses, steps, self._passes.start(fed, spans, uniforms))
