@@ -116,17 +116,20 @@ def main() -> None:
     detail: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, Arms(_starts(args, Path(folder)), args.device) as arms:
         for peer in args.peers:
-            detail[peer] = found = compare(args, setting, peer, arms)
-            rows += rows_of(peer, found, args)
-            _rows.write("chain", rows, detail, args)  # hours in all: a peer that is measured stays so
+            measured: list[_rows.Row] = []
+            for found in compare(args, setting, peer, arms):
+                detail[peer], measured = found, list(rows_of(peer, found, args))
+                _rows.write("chain", rows + measured, detail, args)  # hours in all: what is measured stays so
+            rows += measured
 
 
-def compare(args: argparse.Namespace, setting: Setting, peer: str, arms: Arms) -> dict[str, Any]:
-    """Ours and one peer in turn, at each temperature."""
+def compare(args: argparse.Namespace, setting: Setting, peer: str, arms: Arms) -> Iterator[dict[str, Any]]:
+    """Ours and one peer in turn, at each temperature; what is known after each of them."""
     print(f"chains: our engine against {NAMES[peer]}", flush=True)
+    found: dict[str, Any] = {}
     try:
         batch = _best_batch(args, setting, arms) if peer == "generate" else 0
-        found: dict[str, Any] = {"options": _words(args, peer, batch), "version": f"transformers {VERSION}"}
+        found |= {"options": _words(args, peer, batch), "version": f"transformers {VERSION}"}
         with arms.of("engine") as ours, arms.of(peer) as theirs:
             for temperature in args.temperatures:
                 asks: dict[str, Callable[[int], Answer]] = {
@@ -136,10 +139,11 @@ def compare(args: argparse.Namespace, setting: Setting, peer: str, arms: Arms) -
                 for seed in range(GRAPHS if args.device == "cuda" else 0):
                     asks["engine"](-1 - seed)
                 found[str(temperature)] = _alternate(args, temperature, asks)
+                yield found
         arms.drop(peer)
     except _child.ChildError as error:
-        return {"error": str(error)}
-    return found
+        if not any(str(temperature) in found for temperature in args.temperatures):
+            yield {"error": str(error)}
 
 
 def _alternate(

@@ -115,6 +115,8 @@ def heading(record: dict[str, Any]) -> Iterable[str]:
     changed = f" with {where['changed_files']} changed files" if where["changed_files"] else ""
     yield f"`{record['command']}`: {machine}; {versions}; commit {where['commit'][:10]}{changed}, {where['date'][:10]};"
     yield f"load {where['load_average']} when written; {clock}{sizes}.{quick}"
+    if record.get("note"):
+        yield record["note"]
 
 
 def _size(value: int | list[int]) -> str:

@@ -65,19 +65,20 @@ def main() -> None:
     """Measure, print, write."""
     args = _arguments()
     rows: list[_rows.Row] = []
-    detail: dict[str, Any] = {}
+    detail: dict[str, dict[str, Any]] = {}
     for profile in args.profiles:
         with Arms(_starts(args, profile), args.device) as arms:
             arms.warm(["tree", "rows", *(name for name in args.tuned if "--compile" in TUNED[args.device][name])])
-            measured = {name: compare(args, profile, name, arms) for name in args.peers}
-        detail[profile] = measured
-        for name, found in measured.items():
-            rows += list(rows_of(profile, name, found, args))
+            detail[profile] = measured = {}
+            for name in args.peers:
+                measured[name] = found = compare(args, profile, name, arms)
+                rows += list(rows_of(profile, name, found, args))
+                _rows.write("tree_step", rows, detail, args)  # a peer that is measured stays so
         if args.device == "cpu":
             for name, goal in GOALS["cuda"].items():
                 title = f"training step, {profile}, against {NAMES[name]}"
                 rows.append(_rows.missing(title, "logical tokens/s", "gpu", goal=goal))
-        _rows.write("tree_step", rows, detail, args)  # a profile that is measured stays so
+            _rows.write("tree_step", rows, detail, args)
 
 
 def compare(args: argparse.Namespace, profile: str, peer: str, arms: Arms) -> dict[str, Any]:
