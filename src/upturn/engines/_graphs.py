@@ -31,6 +31,8 @@ COARSE = 1024
 SEEN = 2
 """Steps of a size before it is captured: they have compiled and warmed all that it needs."""
 
+SMALL = 2**31
+"""Bytes of a cache that may double. A larger one grows by the step of any cache."""
 BURST = 4
 """Passes in a row. A draft that ends in the first of them is computed further for nothing; it has some 30 tokens."""
 
@@ -47,9 +49,10 @@ class GpuSlots(Slots):
         self._copies: dict[tuple[int, int, int], list[int]] = {}
 
     def reserve(self, length: int) -> None:
-        """Make every slot at least this long, twice as long where it must grow: graphs know where slots lie."""
+        """Make every slot at least this long, twice as long where all are small: graphs know where slots lie."""
         if length > self.length:
-            super().reserve(max(length, 2 * self.length))
+            is_small = 2 * self.keys.nbytes <= SMALL
+            super().reserve(max(length, 2 * self.length) if is_small else length)
 
     def copy(self, source: int, target: int, first: int, last: int) -> None:
         """Copy places of one slot into another, together with others, before the next pass."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +70,9 @@ class Ready:
     @contextmanager
     def opened(self) -> Iterator[tuple[Slots, Any]]:
         """For one run, in inference mode; weights must not change within it."""
-        with fused(self._model, self._held):
-            cache, passes = self._graphs() if on_gpu(next(self._model.parameters())) else self._plain()
+        like = next(self._model.parameters())
+        with _on(like.device), fused(self._model, self._held):
+            cache, passes = self._graphs() if on_gpu(like) else self._plain()
             yield cache, passes
             if cache.native:  # else their length shapes the arithmetic, and every run must begin alike
                 self._length = cache.length
@@ -98,6 +99,11 @@ def told(chosen: Tensor, logprobs: Tensor) -> Chosen:
     """What a pass chose. A single times a million is exact in double precision, so this rounds as `round` does."""
     exact = logprobs.cpu().numpy().astype(np.float64)
     return chosen.cpu().numpy().tolist(), (np.rint(exact * 1e6) / 1e6).tolist()
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels and graphs go to the current device, whatever their tensors say."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,7 +132,7 @@ class _Captured:
             return torch.autograd.grad(self.out, (self.x, *self.weights), self.g)
 
         graphs.pool = graphs.pool or torch.cuda.graph_pool_handle()
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.cuda.device_of(self.x):  # nothing on a CPU, where tests are
             self.out, self.replay_forward = recorded(forward, graphs.pool)
             self.grads, self.replay_backward = recorded(backward, graphs.pool)
         self.out = self.out.detach()
