@@ -20,6 +20,8 @@ from torch import Tensor
 
 from upturn.types import Sample
 
+FILL = 64
+"""Tokens of a span of those that fill a layout: short, so that it counts as a shallow tree."""
 SHORT = 8
 """A root is copied where it is no more than one part in so many of what its copies may hold."""
 
@@ -107,12 +109,13 @@ def filled(tree: TokenTree, size: int) -> TokenTree:
         return tree
     more = torch.arange(last, size, device=tree.ids_T.device)
     zeros = torch.zeros_like(more)
+    spans = (Span(at, min(FILL, size - at), min(at + FILL, size), -1) for at in range(last, size, FILL))
     return replace(
         tree,
         ids_T=torch.cat([tree.ids_T, zeros]),
         positions_T=torch.cat([tree.positions_T, zeros]),
         ends_T=torch.cat([tree.ends_T, more + 1]),
-        spans=(*tree.spans, Span(last, size - last, size, -1)),
+        spans=(*tree.spans, *spans),
     )
 
 

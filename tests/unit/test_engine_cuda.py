@@ -49,7 +49,7 @@ def _ids(run: Run) -> list[list[tuple[int, ...]]]:
 def test_no_draft_depends_on_speculation_batch_or_graph(carry: load.Loaded, temperature: float) -> None:
     found, engine = drafts(carry, temperature=temperature, slots=80)
     assert engine.num_accepted > 0
-    assert any(size.graph for size in engine._ready._lasting[1]._sizes.values())  # type: ignore[index]
+    assert any(size.replay for size in engine._ready._lasting[1]._sizes.values())  # type: ignore[index]
     for how in ({"speculate": False, "slots": 80}, {"slots": 3}):
         assert _ids(drafts(carry, temperature=temperature, **how)[0]) == _ids(found)
 

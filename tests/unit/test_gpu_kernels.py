@@ -123,19 +123,35 @@ def _attended(
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_tokens_are_those_of_the_sampler(dtype: torch.dtype, temperature: float) -> None:
     from upturn.engines import sampling
-    from upturn.models.native import gpu
+    from upturn.models.native import gpu_sample
 
     logits, uniform = 3 * numbers(7, 5000, dtype=dtype), torch.rand(7, device=DEVICE)
-    chosen, logprobs = gpu.sample(logits, uniform, temperature)
+    chosen, logprobs = gpu_sample.sample(logits, uniform, temperature)
     wanted, wanted_logprobs = sampling._choose(logits, uniform, temperature, 1.0)
     assert chosen.tolist() == wanted.tolist()
     assert torch.allclose(logprobs, wanted_logprobs, atol=1e-5)
 
 
 def test_the_ends_of_a_distribution_are_tokens_of_it() -> None:
-    from upturn.models.native import gpu
+    from upturn.models.native import gpu_sample
 
     logits = torch.full((2, 5000), float("-inf"), device=DEVICE)
     logits[:, 7], logits[:, 4321] = 0.0, 1.0
-    chosen, _ = gpu.sample(logits, torch.tensor([0.0, 1 - 2**-24], device=DEVICE), 1.0)
+    chosen, _ = gpu_sample.sample(logits, torch.tensor([0.0, 1 - 2**-24], device=DEVICE), 1.0)
     assert chosen.tolist() == [7, 4321]
+
+
+def test_logits_that_are_no_numbers_choose_a_token() -> None:
+    from upturn.models.native import gpu_sample
+
+    logits = torch.full((2, 100), float("nan"), device=DEVICE)
+    for temperature in (0.0, 1.0):
+        chosen, _ = gpu_sample.sample(logits, torch.full((2,), 0.5, device=DEVICE), temperature)
+        assert all(0 <= token < 100 for token in chosen.tolist())
+
+
+@pytest.mark.parametrize(("width", "bytes_each", "count"), [(64, 2, 64), (128, 2, 64), (256, 2, 32), (256, 4, 16)])
+def test_keys_fit_into_a_gpu(width: int, bytes_each: int, count: int) -> None:
+    from upturn.models.native import gpu
+
+    assert gpu.keys_at_once(width, bytes_each) == count

@@ -118,7 +118,7 @@ def test_policy_and_reference_have_the_same_bits(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_captured_layers_have_the_bits_of_those_launched_one_by_one(dtype: torch.dtype):
+def test_captured_layers_have_the_logprobs_of_those_launched_one_by_one_and_their_gradients(dtype: torch.dtype):
     model, trees_ = here("qwen2", dtype), [wood(seed).to("cuda") for seed in range(3)]
     with policy.captured_layers():
         graphs = _graphed._OPEN[-1]
@@ -132,7 +132,7 @@ def test_captured_layers_have_the_bits_of_those_launched_one_by_one(dtype: torch
                 on_cuda(model, tree)
         found = [on_cuda(model, tree) for tree in trees_]
         assert graphs.works
-        assert {size for _, size in graphs.made} == {len(_graphed.padded(tree).ids_T) for tree in trees_}
+        assert {size for _, size, _ in graphs.made} == {len(_graphed.padded(tree, model).ids_T) for tree in trees_}
         with torch.no_grad():
             again = [policy.tree_logprobs(model, tree) for tree in trees_]
     for reference, late, (logprobs, grads), (there, expected) in zip(references, again, found, wanted, strict=True):

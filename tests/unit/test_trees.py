@@ -150,6 +150,15 @@ def test_each_target_is_predicted_by_the_tokens_before_it_in_its_row(options: di
         assert tree.targets_N.tolist() == [token for sample in samples for token in sample.target]
 
 
+def test_what_fills_a_layout_changes_nothing():
+    model, tree = tiny("gemma2"), trees.build([Sample((1, 2), (3, 4, 5)), Sample((1, 2, 3), (7,))])
+    filled = trees.filled(tree, 150)
+    assert len(filled.ids_T) == len(filled.positions_T) == len(filled.ends_T) == 150
+    assert sum(span.length for span in filled.spans) == 150
+    assert trees.filled(tree, len(tree.ids_T)) is tree
+    torch.testing.assert_close(policy.tree_logprobs(model, filled), policy.tree_logprobs(model, tree))
+
+
 def test_a_tree_with_a_long_root_stays_whole():
     rows = [Sample(tuple(range(10, 20)), (30 + place, 5)) for place in range(9)]
     assert len(trees.build(rows, root_tokens=40).ids_T) == len(trees.build(rows).ids_T)

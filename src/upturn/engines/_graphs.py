@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -22,7 +22,8 @@ from upturn.engines import sampling
 from upturn.engines._passes import BELOW_ONE, Chosen, Pending, told
 from upturn.engines._slots import Slots, Span
 from upturn.models import _slow, policy
-from upturn.models._gpu_layer import KernelPlan, kernels
+from upturn.models._capture import Pool
+from upturn.models._gpu_layer import KernelPlan, kernels, sampler
 
 SIZES = (8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 3072, 4096)
 """Tokens of a captured step."""
@@ -76,7 +77,7 @@ class _Size:
     buffer: Tensor
     tokens: int
     asked: int
-    graph: Any = None
+    replay: Callable[[], None] | None = None
     out: tuple[Tensor, Tensor] | None = None
     parts: dict[str, slice] = field(default_factory=dict)
     """Where each part of a step lies in the buffer."""
@@ -114,6 +115,7 @@ class GraphPasses:
     _where: int = 0
     _captures: bool = True
     _pool: Any = None
+    """Memory of all graphs (`Pool`)."""
     _tile: int = 0
 
     def start(self, fed: list[int], spans: Sequence[Span], uniforms: np.ndarray) -> Pending:
@@ -146,20 +148,24 @@ class GraphPasses:
         size.buffer.copy_(torch.from_numpy(packed).pin_memory(), non_blocking=True)
         if fed is not None:
             size.buffer[size.parts["ids"]][: len(fed)].copy_(fed)
-        if size.graph is None:
+        if size.replay is None:
             out = self._compute(size)
             self._capture(size)
             return out
-        size.graph.replay()
+        size.replay()
         assert size.out is not None
         return size.out
+
+    @property
+    def _config(self) -> Any:
+        return self.model.config.get_text_config()  # type: ignore[operator,union-attr]
 
     def _forget_moved(self) -> None:
         """Graphs know addresses: of the cache, which may have grown."""
         if self._where != self.cache.keys.data_ptr():
             self._where = self.cache.keys.data_ptr()
             self._sizes.clear()
-            self._pool = None  # it goes with its last graph
+            self._pool = Pool(self.cache.keys)
 
     def _size(self, tokens: int, asked: int) -> _Size:
         key = _rounded(tokens), _rounded(asked)
@@ -187,8 +193,7 @@ class GraphPasses:
     def _tiles(self, slots: np.ndarray, firsts: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """See `gpu.attend`."""
         if not self._tile:
-            config: Any = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
-            self._tile = kernels().tile_tokens(config.num_attention_heads, self.cache.heads)
+            self._tile = kernels().tile_tokens(self._config.num_attention_heads, self.cache.heads)
         if counts.max() <= self._tile:
             return np.stack([slots, firsts, starts, counts])
         parts = -(-counts // self._tile)
@@ -200,11 +205,12 @@ class GraphPasses:
         part = {name: size.buffer[size.parts[name]] for name in ("ids", "slot", "place", "asked", "tiles")}
         uniform_N = size.buffer[size.parts["uniform"]].view(torch.float32)
         tiles = part["tiles"].view(4, -1)
-        plan = KernelPlan(self.cache.keys, self.cache.values, part["slot"], part["place"], tiles)
+        heads = self._config.num_attention_heads
+        plan = KernelPlan(self.cache.keys, self.cache.values, part["slot"], part["place"], tiles, heads)
         hidden_T = policy.hidden_states(self.model, part["ids"].long(), part["place"].long(), plan)
         logits = policy.head(self.model, hidden_T[part["asked"].long()])
         if self.cfg.top_p == 1:
-            return kernels().sample(logits.contiguous(), uniform_N, self.cfg.temperature)
+            return sampler().sample(logits.contiguous(), uniform_N, self.cfg.temperature)
         return sampling.choose(logits, uniform_N, self.cfg.temperature, self.cfg.top_p)
 
     def _capture(self, size: _Size) -> None:
@@ -213,21 +219,11 @@ class GraphPasses:
         self._seen[key] += 1
         if not self._captures or self._seen[key] < SEEN or size.tokens > SIZES[-1]:
             return
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(stream):
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    size.out = self._compute(size)
-                finally:
-                    graph.capture_end()
-            size.graph = graph
+            size.out, size.replay = self._pool.captured(lambda: self._compute(size))
         except RuntimeError as error:  # a layer that waits for the device, or whose kernels cannot be captured
             self._captures = False
             _slow.tell_uncaptured(error)
-        torch.cuda.current_stream().wait_stream(stream)
 
 
 class _Waiting:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ class Ready:
         """For one run, in inference mode; weights must not change within it."""
         like = next(self._model.parameters())
         with _on(like.device), fused(self._model, self._held):
-            cache, passes = self._graphs() if on_gpu(like) else self._plain()
+            cache, passes = self._graphs() if on_gpu(like) and self._has_kernels else self._plain()
             yield cache, passes
             if cache.native:  # else their length shapes the arithmetic, and every run must begin alike
                 self._length = cache.length
@@ -81,11 +82,21 @@ class Ready:
         cache = Slots(self._config, self._num_slots, next(self._model.parameters()), self._length)
         return cache, Passes(self._model, cache, self._cfg)
 
+    @cached_property
+    def _has_kernels(self) -> bool:
+        from upturn.models import _gpu_layer
+
+        config, like = self._config, next(self._model.parameters())
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return _gpu_layer.runs(like, heads, getattr(config, "num_key_value_heads", None) or heads, width)
+
     def _graphs(self) -> tuple[Slots, Any]:
         from upturn.engines._graphs import GpuSlots, GraphPasses
 
         addresses = [weight.data_ptr() for weight in self._model.parameters()]
         if self._lasting is None or addresses != self._addresses:
+            self._lasting = None  # there may be no room for both
             cache = GpuSlots(self._config, self._num_slots, next(self._model.parameters()), self._length)
             self._lasting, self._addresses = (cache, GraphPasses(self._model, cache, self._cfg)), addresses
         return self._lasting

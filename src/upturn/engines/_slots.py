@@ -57,7 +57,8 @@ class Slots:
         if length > self.length:
             wanted = max(length, self.length + self.length // GROW_SHARE)
             more = _whole_steps(wanted) - self.length
-            self.keys, self.values = (nn.functional.pad(old, (0, 0, 0, more)) for old in (self.keys, self.values))
+            self.keys = nn.functional.pad(self.keys, (0, 0, 0, more))  # one after the other: they may be large
+            self.values = nn.functional.pad(self.values, (0, 0, 0, more))
 
     def copy(self, source: int, target: int, first: int, last: int) -> None:
         """Copy the places from `first` up to `last` of one slot into another, which begin alike."""

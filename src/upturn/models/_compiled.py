@@ -45,6 +45,8 @@ class Function:
         except torch.OutOfMemoryError:
             raise
         except Exception as fault:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise  # it might compile where kernels are run
             if self._has_run and not type(fault).__module__.startswith(OF_COMPILER):
                 raise
             self.failed = True

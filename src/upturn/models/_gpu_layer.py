@@ -17,13 +17,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upturn.models import fused
+from upturn.errors import ModelError
+from upturn.models import _memory, _slow, fused
 from upturn.models._attention import How
+
+ROOM = 2
+"""Joined weights are made where so many times as much memory is free: the other half is for slots."""
 
 
 def kernels() -> Any:
     """The module `native.gpu`, which needs Triton."""
     return import_module("upturn.models.native.gpu")
+
+
+def sampler() -> Any:
+    """The module `native.gpu_sample`, which needs Triton."""
+    return import_module("upturn.models.native.gpu_sample")
+
+
+def runs(like: Tensor, heads: int, kv_heads: int, width: int) -> bool:
+    """Whether the kernels run here for heads of this width; it is said where they cannot be compiled, or find no room."""
+    q, keys = like.new_zeros(1, heads, width), like.new_zeros(1, kv_heads, kernels().KEYS, width)
+    tiles = torch.tensor([[0], [0], [0], [1]], dtype=torch.int32, device=like.device)
+    try:
+        kernels().attend(q, tiles, (keys, keys), (1.0, 0.0, 0), torch.empty_like(q))
+        sampler().sample(like.new_zeros(1, 8), torch.zeros(1, device=like.device), 1.0)
+    except Exception as fault:  # of the compiler, of the C compiler that it calls, of the driver
+        _slow.tell_no_kernels(fault)
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +60,13 @@ class KernelPlan:
     place_T: Tensor
     tiles: Tensor
     """`[4, N]`: see `gpu.attend`."""
+    heads: int
+    """Of queries, for which the tiles were cut."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         """See `Plan`."""
         q_T, k_T, v_T = (part[0].transpose(0, 1) for part in (q, k, v))  # [T, H, D]
+        self._check(layer, q_T, (k_T.shape[1], v_T.shape[1]), {k_T.shape[2], v_T.shape[2]}, {k_T.dtype, v_T.dtype})
         slot, place = self.slot_T.long(), self.place_T.long()
         self.keys[layer][slot, :, place] = k_T
         self.values[layer][slot, :, place] = v_T
@@ -50,9 +75,25 @@ class KernelPlan:
     def turn_and_attend(self, layer: int, joined: Tensor, turn: Any, heads: int, how: How) -> Tensor:
         """Queries, keys and values `[T, (H + 2 Hkv) * D]` before they are turned -> `[T, H * D]`."""
         where, cache = (self.slot_T, self.place_T), (self.keys[layer], self.values[layer])
+        width = turn.cos.shape[-1]
+        all_T = joined.view(len(joined), -1, width)
+        kv_heads = (all_T.shape[1] - heads) // 2
+        self._check(layer, all_T[:, :heads], (kv_heads, kv_heads), {width}, {joined.dtype})
         kernels().turn_and_keep(joined, turn, where, cache, heads)
-        q_T = joined.view(len(joined), -1, self.keys.shape[-1])[:, :heads]
+        q_T = all_T[:, :heads]
         return self._attend(layer, q_T, how).flatten(1)
+
+    def _check(self, layer: int, q_T: Tensor, kv_heads: tuple[int, int], widths: set[int], dtypes: set[Any]) -> None:
+        """Kernels trust what they are given, so it must be what the config promised."""
+        promised, width = self.keys.shape[2], self.keys.shape[4]
+        is_kept = kv_heads == (promised, promised) and widths == {width} and dtypes == {self.keys.dtype}
+        if not is_kept or q_T.shape[1:] != (self.heads, width) or q_T.dtype != self.keys.dtype:
+            raise ModelError(
+                f"layer {layer}",
+                f"It has {q_T.shape[1]} heads of {q_T.dtype} [{q_T.shape[2]}], and {kv_heads} of keys and values {widths}, "
+                f"where the config of the model promises {self.heads} and {promised} of {self.keys.dtype} [{width}].",
+                "Serve this model (`vllm serve`) and name the endpoint instead: upturn asks any.",
+            )
 
     def _attend(self, layer: int, q_T: Tensor, how: How) -> Tensor:
         out_T = torch.empty(q_T.shape, dtype=q_T.dtype, device=q_T.device)
@@ -71,11 +112,11 @@ class GpuLayer:
         self._how = how
         attention = self._layer.self_attn
         self._heads = attention.q_proj.out_features // attention.head_dim
-        self._joined = [_Joined(parts) for parts in self._groups()]
+        self._joined = [_Joined(parts) for parts in _groups(self._layer)]
 
-    def _groups(self) -> tuple[Sequence[nn.Linear], Sequence[nn.Linear]]:
-        a, mlp = self._layer.self_attn, self._layer.mlp
-        return (a.q_proj, a.k_proj, a.v_proj), (mlp.gate_proj, mlp.up_proj)
+    def is_of(self, layer: nn.Module) -> bool:
+        """Whether the layer still has the parts whose weights were joined, where and as they were."""
+        return all(joined.is_of(parts) for joined, parts in zip(self._joined, _groups(layer), strict=True))
 
     def refresh(self) -> None:
         """Take over the weights as they are now, where they were before."""
@@ -118,8 +159,14 @@ class _Joined:
         self._bias = weight.new_zeros(rows) if has_bias else None
         self.refresh()
 
+    def is_of(self, parts: Sequence[nn.Linear]) -> bool:
+        """Whether these are the layers, and their weights of the same type on the same device."""
+        kinds = {(part.weight.dtype, part.weight.device) for part in parts}
+        return [*map(id, parts)] == [*map(id, self._parts)] and kinds == {(self._weight.dtype, self._weight.device)}
+
     @torch.no_grad()
     def refresh(self) -> None:
+        """Copy the weights."""
         torch.cat([part.weight for part in self._parts], out=self._weight)
         for part, place in zip(self._parts, self._places(), strict=True):
             if self._bias is not None and part.bias is not None:
@@ -135,12 +182,29 @@ class _Joined:
 
 def gpu_layers(model: nn.Module, held: dict[nn.Module, GpuLayer]) -> dict[nn.Module, GpuLayer]:
     """The common layers of a model that compute the same here; `held` keeps them with their joined weights."""
-    for layer in fused.layers_of(model):
-        if layer in held:
-            held[layer].refresh()
-        elif fused.is_common(layer) and (how := _computes_the_same(layer)) is not None:
+    for layer, made in list(held.items()):
+        if fused.is_common(layer) and made.is_of(layer):
+            made.refresh()
+        else:
+            del held[layer]
+    new = [layer for layer in fused.layers_of(model) if layer not in held and fused.is_common(layer)]
+    if new and ROOM * sum(map(_joined_bytes, new)) > _memory.free_on(next(new[0].parameters()).device):
+        _slow.tell_no_room()
+        return held
+    for layer in new:
+        if (how := _computes_the_same(layer)) is not None:
             held[layer] = GpuLayer(layer, how)
     return held
+
+
+def _joined_bytes(layer: Any) -> int:
+    return sum(part.weight.nbytes for group in _groups(layer) for part in group)
+
+
+def _groups(layer: Any) -> tuple[list[nn.Linear], list[nn.Linear]]:
+    """Linear layers with one input."""
+    a, mlp = layer.self_attn, layer.mlp
+    return [a.q_proj, a.k_proj, a.v_proj], [mlp.gate_proj, mlp.up_proj]
 
 
 @torch.inference_mode()
@@ -156,7 +220,8 @@ def _computes_the_same(layer: Any) -> How | None:
     place_T = torch.arange(tokens, device=x.device, dtype=torch.int32)
     single = torch.ones_like(place_T)
     tiles = torch.stack([0 * single, place_T, place_T, single])
-    plan = KernelPlan(keys, values, 0 * single, place_T, tiles)
+    heads = layer.self_attn.q_proj.out_features // width
+    plan = KernelPlan(keys, values, 0 * single, place_T, tiles, heads)
     window = How(own.how.scaling, None, own.how.softcap)  # as `Causal` does, whatever the layer's window
     other = fused.tried(lambda: GpuLayer(layer, window)(x, **around, upturn_plan=plan))
     return own.how if other is not None and fused.close(out, other) else None

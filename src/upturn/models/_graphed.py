@@ -9,28 +9,29 @@ Axes: `T` tokens, `d` width of the model, `D` width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from upturn import trees
-from upturn.models import _flex, _slow
+from upturn.models import _flex, _slow, fused
 from upturn.models._attention import How
+from upturn.models._capture import Pool
 from upturn.models._compiled_layer import Compiled
 from upturn.trees import TokenTree
 
 SMALL = 1e12
 """Operations of a layer, forward and back, up to which launching takes longer: 2 ms of a GPU that does 500 TFLOP/s."""
 SEEN = 2
-"""Batches of a size before it is captured."""
+"""The batch of a size with which it is captured: those before it have compiled and warmed all that it needs."""
 STEPS = 8
 """Sizes between a power of 2 and the next."""
 LEAST = 128
 """Smallest difference of two sizes: a block of FlexAttention."""
-Replay = Callable[[], None]
 _Around = tuple[Tensor, Tensor, TokenTree]
 _Batch = tuple[Tensor, Tensor, Tensor, TokenTree]
 _OPEN: list[Graphs] = []
@@ -46,11 +47,21 @@ def kept() -> Iterator[None]:
         _OPEN.pop()
 
 
-def padded(tree: TokenTree) -> TokenTree:
+def padded(tree: TokenTree, model: nn.Module) -> TokenTree:
     """The tree with tokens that nobody sees behind it, up to one of few sizes, where layers may be captured."""
     size = len(tree.ids_T)
     step = step_of(size)
-    return trees.filled(tree, -(-size // step) * step) if _OPEN and tree.ids_T.is_cuda else tree
+    whole = -(-size // step) * step
+    return trees.filled(tree, whole) if _OPEN and may_capture(model, whole, tree.ids_T.device) else tree
+
+
+def may_capture(model: nn.Module, tokens: int, device: torch.device) -> bool:
+    """Whether the layers of a model are of a kind that is captured, and small enough. The same for policy and
+    reference."""
+    layers = fused.layers_of(model)
+    if device.type != "cuda" or not layers or not fused.is_common(layers[0]):
+        return False
+    return 6 * tokens * sum(weight.numel() for weight in layers[0].parameters()) <= SMALL
 
 
 def step_of(size: int) -> int:
@@ -72,10 +83,14 @@ class Graphs:
     """Those of one training, by the first weight of the layers and the number of tokens."""
 
     def __init__(self) -> None:
-        self.made: dict[tuple[int, int], _Captured] = {}
-        self.seen: dict[tuple[int, int], int] = {}
+        self.made: dict[tuple[int, ...], _Captured] = {}
+        self.seen: Counter[tuple[int, ...]] = Counter()
         self.pool: Any = None
         self.works = True
+        self.number = 0
+        """Of the forward pass whose activations are there: all sizes have one memory."""
+        self.grads: dict[int, list[Tensor]] = {}
+        """Those of the weights, of the last backward pass, by the first weight."""
 
 
 class Stack:
@@ -95,11 +110,10 @@ class Stack:
 
     def _captured(self, x: Tensor, cos: Tensor, sin: Tensor, tree: TokenTree) -> _Captured | None:
         graphs, first = self._graphs, self._layers[0]
-        key = (id(first.weights.q), len(x))
+        key = (id(first.weights.q), len(x), first.keeps_gates)
         if key not in graphs.made and graphs.works and torch.is_grad_enabled():
-            graphs.seen[key] = graphs.seen.get(key, 0) + 1
-            work = 6 * len(x) * sum(weight.numel() for weight in first.weights if weight is not None)
-            if graphs.seen[key] >= SEEN and work <= SMALL:
+            graphs.seen[key] += 1
+            if graphs.seen[key] >= SEEN:
                 try:
                     graphs.made[key] = _Captured(self._layers, (x, cos, sin, tree), graphs)
                 except RuntimeError as error:  # a layer that waits for the device, or whose kernels cannot be captured
@@ -118,8 +132,7 @@ class _Captured:
         self.g = torch.zeros_like(self.x)
         self._mask = _flex.block_mask(tree, None)
         self.weights = [w for layer in layers for w in layer.weights if w is not None and w.requires_grad]
-        self.number = 0
-        """Of the forward pass whose activations are there."""
+        self.graphs = graphs
 
         def forward() -> Tensor:
             h = self.x[None]
@@ -128,13 +141,17 @@ class _Captured:
                 h = layer(h, **around)
             return h[0]
 
-        def backward() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(self.out, (self.x, *self.weights), self.g)
+        def backward() -> Tensor:
+            g_x, *grads = torch.autograd.grad(self.out, (self.x, *self.weights), self.g)
+            copied(grads, self.grads)
+            return g_x
 
-        graphs.pool = graphs.pool or torch.cuda.graph_pool_handle()
-        with torch.enable_grad(), torch.cuda.device_of(self.x):  # nothing on a CPU, where tests are
-            self.out, self.replay_forward = recorded(forward, graphs.pool)
-            self.grads, self.replay_backward = recorded(backward, graphs.pool)
+        empty = [torch.empty_like(weight).detach() for weight in self.weights]
+        self.grads = graphs.grads.setdefault(id(self.weights[0]), empty)
+        graphs.pool = graphs.pool or Pool(self.x)
+        with torch.enable_grad():
+            self.out, self.replay_forward = graphs.pool.captured(forward)
+            self.g_x, self.replay_backward = graphs.pool.captured(backward)
         self.out = self.out.detach()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
@@ -158,25 +175,22 @@ class _Run(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, around: _Around, captured: _Captured, *weights: Tensor) -> Tensor:
         captured.fill(x, *around)
         captured.replay_forward()
-        captured.number += 1
-        ctx.captured, ctx.number = captured, captured.number
+        captured.graphs.number += 1
+        ctx.captured, ctx.number = captured, captured.graphs.number
         return captured.out.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         captured: _Captured = ctx.captured
-        if ctx.number != captured.number:
-            raise RuntimeError("a backward pass must come before the next forward pass of as many tokens")
+        if ctx.number != captured.graphs.number:
+            raise RuntimeError("a backward pass must come before the next forward pass")
         captured.g.copy_(g)
         captured.replay_backward()
-        g_x, *grads = [torch.empty_like(grad) for grad in captured.grads]
-        torch._foreach_copy_([g_x, *grads], list(captured.grads))  # type: ignore[attr-defined]
-        return g_x, None, None, *grads
+        grads = [torch.empty_like(grad) for grad in captured.grads]
+        copied(captured.grads, grads)
+        return captured.g_x.clone(), None, None, *grads
 
 
-def recorded(work: Callable[[], Any], pool: Any) -> tuple[Any, Replay]:
-    """What it gives, at places that stay, and what computes it again there."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        out = work()
-    return out, graph.replay
+def copied(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copy tensors into others, in few launches."""
+    torch._foreach_copy_(list(targets), list(sources))  # type: ignore[attr-defined]

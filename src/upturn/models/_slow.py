@@ -33,6 +33,17 @@ def tell_uncaptured(fault: Exception) -> None:
     progress.say(f"this model's passes cannot be captured as CUDA graphs, so they are slower: {reason}")
 
 
+def tell_no_kernels(fault: Exception) -> None:
+    """A generation goes on as torch does it."""
+    reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+    progress.say(f"upturn's kernels do not run on this GPU, so generation is slower: {reason}")
+
+
+def tell_no_room() -> None:
+    """A generation goes on without joined weights."""
+    progress.say("too little memory is free on this GPU to join weights, so generation is slower")
+
+
 def is_slow(weight: Tensor) -> bool:
     """Whether torch has no fast product with this weight."""
     return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not ops.torch_has_bf16()

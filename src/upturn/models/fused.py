@@ -234,6 +234,8 @@ def tried(work: Callable[[], Result]) -> Result | None:
     """What it gives; None where it fails, in whatever way: a layer may want to be called in another one."""
     try:
         return work()
+    except torch.OutOfMemoryError:
+        raise
     except Exception:
         return None
 

@@ -57,7 +57,8 @@ def fused_training(model: nn.Module, plan: TreePlan) -> Iterator[None]:
     if torch.is_grad_enabled():
         _lay_out([one for one in made if isinstance(one, Fused)], tokens)
     forwards: dict[Any, Any] = dict(zip(layers, made, strict=True))
-    whole = [one for one in made if isinstance(one, Compiled)] if len(made) == len(fused.layers_of(model)) else []
+    is_whole = len(made) == len(fused.layers_of(model)) and _graphed.may_capture(model, tokens, device)
+    whole = [one for one in made if isinstance(one, Compiled)] if is_whole else []
     if stack := _graphed.stacked(whole, [*known.values()]):
         forwards = dict.fromkeys(layers, _graphed.same) | {layers[0]: stack}
     with fused.swapped(forwards):

@@ -54,7 +54,7 @@ def tree_logprobs(model: nn.Module, tree: TokenTree, *, flex: bool | None = None
 
 def _tree_states(model: nn.Module, tree: TokenTree, *, flex: bool | None = None) -> Tensor:
     """Last hidden states of every token of a tree, `[T, d]`, and of tokens that may fill it up."""
-    tree = _graphed.padded(tree)
+    tree = _graphed.padded(tree, model)
     plan = TreePlan(tree, flex=flex)
     use_plans(model)  # before the layers are tried
     with fused_training(model, plan):

@@ -1,9 +1,9 @@
-"""The kernels of generation on a GPU, in Triton: a decoder layer's small operations, attention over slots, sampling.
+"""The kernels of generation on a GPU, in Triton: a decoder layer's small operations, and attention over slots.
 
-The counterpart of `ops` on a CPU. Inference only. Sums are fp32, and no row of a result depends on its neighbours.
-Axes: `T` tokens of a step, `d` width of the model, `H` heads, `D` width of a head, `f` width of the gate.
+The counterpart of `ops` on a CPU, with `gpu_sample`. Inference only. Sums are fp32, and no row of a result depends on
+its neighbours. Axes: `T` tokens of a step, `d` width of the model, `H` heads, `D` width of a head, `f` of the gate.
 
-Import it only where `usable` of the package says so: a build of torch for CPUs comes without Triton.
+Import it only where `on_gpu` of the package says so: a build of torch for CPUs comes without Triton.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-KEYS = 64
-"""Keys that a program of `attend` takes at once."""
+KEYS, LEAST_KEYS = 64, 16
+"""Keys that a program of `attend` takes at once, and the fewest that a matrix product takes."""
+KEYS_BYTES = 16 * 2**10
+"""What these keys may take, or there is no room for them, for their values and for the next ones on most GPUs."""
 ROWS = 16
 """Rows of the smallest matrix product of a GPU: heads that share a key, times tokens."""
-LOGITS = 2048
-"""Logits that a program of `sample` takes at once."""
 INNER = 1024
 """Numbers of a gate that a program takes."""
 
@@ -93,6 +93,14 @@ def tile_tokens(heads: int, kv_heads: int) -> int:
     return max(4, ROWS // triton.next_power_of_2(heads // kv_heads))
 
 
+def keys_at_once(width: int, bytes_each: int) -> int:
+    """Keys of a width, of numbers of so many bytes, that a program takes at once."""
+    count = KEYS
+    while count > LEAST_KEYS and count * width * bytes_each > KEYS_BYTES:
+        count //= 2
+    return count
+
+
 def attend(
     q: Tensor, tiles: Tensor, cache: tuple[Tensor, Tensor], how: tuple[float, float, int], out: Tensor
 ) -> None:
@@ -107,6 +115,7 @@ def attend(
     kv_heads, length, width = keys.shape[1:]
     groups, tokens = q.shape[1] // kv_heads, tile_tokens(q.shape[1], kv_heads)
     assert q.stride(2) == 1 and q.stride(1) == width and out.is_contiguous()
+    wide = max(16, triton.next_power_of_2(width))
     _attend[(tiles.shape[1], kv_heads)](
         q,
         keys,
@@ -125,32 +134,11 @@ def attend(
         width,
         GROUPS=triton.next_power_of_2(groups),
         TOKENS=tokens,
-        WIDTH=max(16, triton.next_power_of_2(width)),
-        BLOCK=KEYS,
+        WIDTH=wide,
+        BLOCK=keys_at_once(wide, q.element_size()),
         HAS_CAP=cap > 0,
         PRECISION="ieee",
     )
-
-
-def sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Next token of each row of `logits [N, V]` by inversion, and its log-probability at temperature 1, `[N]` each."""
-    rows, size = logits.shape
-    chosen = torch.empty(rows, dtype=torch.long, device=logits.device)
-    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    per_degree = 1 / temperature if temperature else 1.0
-    _sample[(rows,)](
-        logits,
-        uniform,
-        chosen,
-        logprobs,
-        logits.stride(0),
-        size,
-        per_degree,
-        GREEDY=temperature == 0,
-        BLOCK=LOGITS,
-        num_warps=8,
-    )
-    return chosen, logprobs
 
 
 @triton.jit
@@ -270,43 +258,3 @@ def _attend(
             top = higher
         sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(out + (first + token)[:, None] * out_stride + which, sums.to(query.dtype), mask=real)
-
-
-@triton.jit
-def _sample(
-    logits, uniform, chosen, logprobs, stride, size, per_degree, GREEDY: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    row, step = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    at = logits + row * stride
-    top = float("-inf")
-    for left in range(0, size, BLOCK):
-        value = tl.load(at + left + step, mask=left + step < size, other=float("-inf")).to(tl.float32)
-        top = tl.maximum(top, tl.max(value, 0))
-    plain, warm, found = 0.0, 0.0, size
-    for left in range(0, size, BLOCK):
-        value = tl.load(at + left + step, mask=left + step < size, other=float("-inf")).to(tl.float32) - top
-        plain += tl.sum(tl.exp(value), 0)
-        if GREEDY:
-            found = tl.minimum(found, tl.min(tl.where(value == 0, left + step, size), 0))
-        else:
-            warm += tl.sum(tl.exp(value * per_degree), 0)
-    if not GREEDY:
-        # Where the mark falls, block by block; then within that block. The last block that weighs anything, where
-        # rounding leaves the mark behind the sum.
-        mark, before, base, begin, heavy = tl.load(uniform + row) * warm, 0.0, 0.0, -1, 0
-        for left in range(0, size, BLOCK):
-            value = tl.load(at + left + step, mask=left + step < size, other=float("-inf")).to(tl.float32) - top
-            weight = tl.sum(tl.exp(value * per_degree), 0)
-            hit = (begin < 0) & (before + weight > mark)
-            begin, base = tl.where(hit, left, begin), tl.where(hit, before, base)
-            heavy = tl.where(weight > 0, left, heavy)
-            before += weight
-        begin, base = tl.where(begin < 0, heavy, begin), tl.where(begin < 0, before, base)
-        place = begin + step
-        value = tl.load(at + place, mask=place < size, other=float("-inf")).to(tl.float32) - top
-        weights = tl.exp(value * per_degree)
-        found = tl.min(tl.where((base + tl.cumsum(weights, 0) > mark) & (weights > 0), place, size), 0)
-        last = tl.max(tl.where(weights > 0, place, 0), 0)
-        found = tl.where(found < size, found, last)
-    tl.store(chosen + row, found.to(tl.int64))
-    tl.store(logprobs + row, tl.load(at + found).to(tl.float32) - top - tl.log(plain))
