@@ -16,7 +16,7 @@ from upturn.errors import ModelError
 from upturn.models import _gpu_layer, fused
 from upturn.models._attention import How
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50}
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50}
 CONFIG = LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2)
 
 

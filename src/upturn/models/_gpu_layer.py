@@ -36,7 +36,7 @@ def sampler() -> Any:
 
 
 def runs(like: Tensor, heads: int, kv_heads: int, width: int) -> bool:
-    """Whether the kernels run here for heads of this width; it is said where they cannot be compiled, or find no room."""
+    """Whether the kernels run here for heads of this width; it is said where they do not compile, or find no room."""
     q, keys = like.new_zeros(1, heads, width), like.new_zeros(1, kv_heads, kernels().KEYS, width)
     tiles = torch.tensor([[0], [0], [0], [1]], dtype=torch.int32, device=like.device)
     try:
@@ -90,7 +90,7 @@ class KernelPlan:
         if not is_kept or q_T.shape[1:] != (self.heads, width) or q_T.dtype != self.keys.dtype:
             raise ModelError(
                 f"layer {layer}",
-                f"It has {q_T.shape[1]} heads of {q_T.dtype} [{q_T.shape[2]}], and {kv_heads} of keys and values {widths}, "
+                f"It has {q_T.shape[1]} heads of {q_T.dtype} [{q_T.shape[2]}] and {kv_heads} of keys and values {widths}, "
                 f"where the config of the model promises {self.heads} and {promised} of {self.keys.dtype} [{width}].",
                 "Serve this model (`vllm serve`) and name the endpoint instead: upturn asks any.",
             )
