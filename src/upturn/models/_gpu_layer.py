@@ -90,8 +90,8 @@ class KernelPlan:
         if not is_kept or q_T.shape[1:] != (self.heads, width) or q_T.dtype != self.keys.dtype:
             raise ModelError(
                 f"layer {layer}",
-                f"It has {q_T.shape[1]} heads of {q_T.dtype} [{q_T.shape[2]}] and {kv_heads} of keys and values {widths}, "
-                f"where the config of the model promises {self.heads} and {promised} of {self.keys.dtype} [{width}].",
+                f"Its heads are {q_T.dtype} {[*q_T.shape[1:]]}, its keys and values {kv_heads} of {widths}, where the "
+                f"config of the model promises {self.heads} and {promised} of {self.keys.dtype} [{width}].",
                 "Serve this model (`vllm serve`) and name the endpoint instead: upturn asks any.",
             )
 
