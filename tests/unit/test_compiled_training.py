@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Gemma2Config, LlamaConfig
 
 from upturn import numerics, trees
-from upturn.models import _compiled, _compiled_logits, _flex, _output_layer, fused, fused_training, policy
+from upturn.models import _common, _compiled, _compiled_logits, _flex, _output_layer, fused_training, policy
 from upturn.models._attention import How
 from upturn.models._compiled_layer import Compiled
 from upturn.models._tree_plan import TreePlan
@@ -152,7 +152,7 @@ def test_compiled_layers_learn_as_plain_ones_do(
     family: str, dtype: torch.dtype, compiled: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
     model, tree = tiny(COMMON[family], dtype, tie_word_embeddings=family == "qwen2"), forest()
-    assert all(map(fused_training._fusable, fused.layers_of(model)))
+    assert all(map(fused_training._fusable, _common.layers_of(model)))
     logprobs, grads = learnt(model, tree)
     assert len(compiled) == 4 + 2
     plain(monkeypatch)
@@ -220,13 +220,13 @@ def test_gates_kept_or_made_again_give_the_same_gradients(compiled: list[Any], m
 
 def test_other_layers_keep_their_own_forward(compiled: list[Any]):
     gemma = tiny(lambda **shape: Gemma2Config(**shape, query_pre_attn_scalar=16), torch.float32)
-    assert not any(map(fused_training._fusable, fused.layers_of(gemma)))
+    assert not any(map(fused_training._fusable, _common.layers_of(gemma)))
     learnt(gemma, forest())
     bent = tiny(LlamaConfig, torch.float32)
-    for layer in fused.layers_of(bent):
+    for layer in _common.layers_of(bent):
         layer.mlp.act_fn = nn.Sigmoid()  # type: ignore[union-attr]
         layer.mlp.act_fn.__class__ = type("SiLU", (nn.Sigmoid,), {})  # type: ignore[union-attr]
-    assert not any(map(fused_training._fusable, fused.layers_of(bent)))
+    assert not any(map(fused_training._fusable, _common.layers_of(bent)))
     assert not compiled
 
 

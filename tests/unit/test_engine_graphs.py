@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from upturn.engines._graphs import GpuSlots
 from upturn.engines._slots import Slots
 from upturn.errors import ModelError
-from upturn.models import _gpu_layer, fused
+from upturn.models import _common, _gpu_layer
 from upturn.models._attention import How
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50}
@@ -74,7 +74,7 @@ def test_layers_that_changed_are_not_held(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(_gpu_layer, "_computes_the_same", lambda layer: How(0.5, None, None))
     monkeypatch.setattr(_gpu_layer._memory, "free_on", lambda device: 2**30)
     held = _gpu_layer.gpu_layers(model, {})
-    layers: list[Any] = fused.layers_of(model)
+    layers: list[Any] = _common.layers_of(model)
     first, second = layers
     before = held[second]
     first.self_attn.q_proj = nn.Sequential(nn.Linear(32, 32))

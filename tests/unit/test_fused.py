@@ -24,7 +24,7 @@ from transformers import (
 from upturn.engines import local, sampling
 from upturn.engines._slots import Slots, Span, StepPlan
 from upturn.errors import ModelError
-from upturn.models import _slow, chat, fused, load, policy
+from upturn.models import _common, _slow, chat, fused, load, policy
 from upturn.models.native import ops
 from upturn.strategies import chain
 from upturn.types import Attempt, Prompt, Requests
@@ -171,10 +171,10 @@ def test_only_calls_of_the_kind_that_was_tried_are_fused():
         torch.zeros(1, 3, 32).bfloat16(),
         torch.zeros(1, 3, 16).bfloat16(),
     )
-    assert fused.is_usual(layer, x, {"position_embeddings": (whole, whole)})
+    assert _common.is_usual(layer, x, {"position_embeddings": (whole, whole)})
     for around in ((half, half), (whole.float(), whole.float()), (whole[0], whole[0]), whole, None):
-        assert not fused.is_usual(layer, x, {"position_embeddings": around})
-    assert not fused.is_usual(layer, x.repeat(2, 1, 1), {"position_embeddings": (whole, whole)})
+        assert not _common.is_usual(layer, x, {"position_embeddings": around})
+    assert not _common.is_usual(layer, x.repeat(2, 1, 1), {"position_embeddings": (whole, whole)})
 
 
 @needs_kernels

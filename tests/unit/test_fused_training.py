@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from upturn import numerics, trees
-from upturn.models import _fused_layer, _kept, _memory, _output_layer, _slow, fused, fused_training, policy
+from upturn.models import _common, _fused_layer, _kept, _memory, _output_layer, _slow, fused_training, policy
 from upturn.models._tree_attention import Heads, attend, attend_back
 from upturn.models._tree_plan import TreePlan
 from upturn.models.native import back, ops
@@ -96,7 +96,7 @@ def test_fused_layers_learn_as_plain_ones_do(
     family: str, dtype: torch.dtype, tied: bool, width: int, monkeypatch: pytest.MonkeyPatch
 ):
     model, tree = tiny(COMMON[family], dtype, tie_word_embeddings=tied, head_dim=width), forest()
-    assert all(map(fused_training._fusable, fused.layers_of(model)))
+    assert all(map(fused_training._fusable, _common.layers_of(model)))
     logprobs, grads = learnt(model, tree)
     plain(monkeypatch)
     expected, plain_grads = learnt(model, tree)
@@ -164,7 +164,7 @@ def _counted(made: Counter[str], work: Callable[..., Any], *args: Any) -> Any:
 def test_a_model_that_is_first_seen_without_gradients_is_fused_too():
     model, still = tiny(LlamaConfig, torch.float32), tiny(LlamaConfig, torch.float32)
     policy.tree_kl(model, still, forest())  # in inference mode
-    assert all(map(fused_training._fusable, fused.layers_of(model)))
+    assert all(map(fused_training._fusable, _common.layers_of(model)))
 
 
 def test_kernels_that_err_are_not_used(monkeypatch: pytest.MonkeyPatch):
@@ -175,15 +175,15 @@ def test_kernels_that_err_are_not_used(monkeypatch: pytest.MonkeyPatch):
         return (grad * 1.5, product) if g.dtype == torch.bfloat16 else (grad, product)
 
     monkeypatch.setattr(back, "silu_mul_back", wrong)
-    assert not any(map(fused_training._fusable, fused.layers_of(tiny(LlamaConfig, torch.bfloat16))))
-    assert all(map(fused_training._fusable, fused.layers_of(tiny(LlamaConfig, torch.float32))))
+    assert not any(map(fused_training._fusable, _common.layers_of(tiny(LlamaConfig, torch.bfloat16))))
+    assert all(map(fused_training._fusable, _common.layers_of(tiny(LlamaConfig, torch.float32))))
 
 
 def test_a_model_without_plans_yet_is_fused_at_once():
     model = tiny(LlamaConfig, torch.float32)
     model.set_attn_implementation("eager")  # type: ignore[operator]
     policy.tree_logprobs(model, forest())
-    assert all(map(fused_training._fusable, fused.layers_of(model)))
+    assert all(map(fused_training._fusable, _common.layers_of(model)))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -231,15 +231,15 @@ def test_frozen_weights_get_no_gradient():
 
 def test_other_layers_keep_their_own_forward():
     gemma = tiny(lambda **shape: Gemma2Config(**shape, query_pre_attn_scalar=16), torch.float32)
-    assert not any(map(fused_training._fusable, fused.layers_of(gemma)))
+    assert not any(map(fused_training._fusable, _common.layers_of(gemma)))
     assert not _output_layer.usable(gemma, torch.zeros(1))
     adapted, hooked = (tiny(LlamaConfig, torch.float32) for _ in range(2))
-    for layer in fused.layers_of(adapted):
+    for layer in _common.layers_of(adapted):
         layer.self_attn.q_proj = nn.Sequential(layer.self_attn.q_proj)  # type: ignore[union-attr]
-    for layer in fused.layers_of(hooked):
+    for layer in _common.layers_of(hooked):
         layer.mlp.register_forward_hook(lambda *args: None)  # type: ignore[union-attr,operator]
     for model in (adapted, hooked, tiny(LlamaConfig, torch.float64)):
-        assert not any(map(fused_training._fusable, fused.layers_of(model)))
+        assert not any(map(fused_training._fusable, _common.layers_of(model)))
         assert torch.isfinite(learnt(model, forest())[0]).all()
 
 
@@ -269,7 +269,7 @@ def test_the_model_is_left_as_it_was_also_after_a_fault(monkeypatch: pytest.Monk
 def test_without_kernels_everything_is_as_ever():
     program = "import torch; from upturn.models.native import ops\nassert not ops.usable(torch.zeros(1))\n"
     program += "from test_fused_training import *\nmodel = tiny(LlamaConfig, torch.bfloat16)\n"
-    program += "assert not any(map(fused_training._fusable, fused.layers_of(model)))\n"
+    program += "assert not any(map(fused_training._fusable, _common.layers_of(model)))\n"
     program += "assert torch.isfinite(learnt(model, forest())[0]).all()"
     here = os.environ | {"UPTURN_NATIVE": "0", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
     assert subprocess.run([sys.executable, "-c", program], env=here).returncode == 0

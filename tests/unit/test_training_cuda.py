@@ -12,7 +12,7 @@ from test_fused_training import COMMON, assert_near, error, forest, learnt, plai
 from test_training import fresh, job
 
 from upturn import numerics, trees
-from upturn.models import _compiled, _flex, _graphed, _output_layer, fused, fused_training, policy
+from upturn.models import _common, _compiled, _flex, _graphed, _output_layer, fused_training, policy
 from upturn.training import plan, train
 from upturn.training.optimizer import MasterAdamW
 from upturn.types import Sample
@@ -78,7 +78,7 @@ def learnt_by_sample(model: Any, tree: trees.TokenTree) -> tuple[torch.Tensor, d
 def test_compiled_layers_learn_as_plain_ones_do_on_a_cpu():
     tree = forest(200, 90)
     model = here("qwen2", torch.float32)
-    assert all(map(fused_training._fusable, fused.layers_of(model)))
+    assert all(map(fused_training._fusable, _common.layers_of(model)))
     logprobs, grads = on_cuda(model, tree)
     expected, plain_grads = learnt(model.cpu(), tree)
     assert nothing_failed()

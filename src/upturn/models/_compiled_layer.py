@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upturn.models import _compiled, _compiled_math, fused
+from upturn.models import _common, _compiled, _compiled_math
 from upturn.models._attention import How
 from upturn.models._layer_weights import Eps, Weights, weights_of
 
@@ -54,8 +54,8 @@ class Compiled:
         return self.weights.gates_bytes(tokens)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not fused.is_usual(self._layer, hidden_states, kwargs):
-            return fused.plain(self._layer, hidden_states, *args, **kwargs)
+        if not _common.is_usual(self._layer, hidden_states, kwargs):
+            return _common.plain(self._layer, hidden_states, *args, **kwargs)
         cos, sin = kwargs["position_embeddings"]
         x, weights, halves = hidden_states[0], self.weights, self._halves
         q, k, v, x = _Enter.apply(x, (cos[0], sin[0]), halves, *weights)  # type: ignore[misc]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upturn.models import _kept, fused
+from upturn.models import _common, _kept
 from upturn.models._attention import How
 from upturn.models._layer_weights import Eps, Weights, weights_of
 from upturn.models._tree_attention import Heads, attend, attend_back
@@ -65,8 +65,8 @@ class Fused:
         return self._weights.gates_bytes(tokens)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not fused.is_usual(self._layer, hidden_states, kwargs):
-            return fused.plain(self._layer, hidden_states, *args, **kwargs)
+        if not _common.is_usual(self._layer, hidden_states, kwargs):
+            return _common.plain(self._layer, hidden_states, *args, **kwargs)
         cos, sin = kwargs["position_embeddings"]
         around = _Around(
             cos[0], sin[0], kwargs["upturn_plan"], self._how, self._eps, self._width, self.keeps_gates, self.piece

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from upturn.errors import ModelError
-from upturn.models import _memory, _slow, fused
+from upturn.models import _common, _memory, _slow
 from upturn.models._attention import How
 
 ROOM = 2
@@ -125,8 +125,8 @@ class GpuLayer:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan = kwargs.get("upturn_plan")
-        if not isinstance(plan, KernelPlan) or not fused.is_usual(self._layer, hidden_states, kwargs):
-            return fused.plain(self._layer, hidden_states, *args, **kwargs)
+        if not isinstance(plan, KernelPlan) or not _common.is_usual(self._layer, hidden_states, kwargs):
+            return _common.plain(self._layer, hidden_states, *args, **kwargs)
         layer, gpu, (cos, sin) = self._layer, kernels(), kwargs["position_embeddings"]
         before, after, attention, mlp = (
             layer.input_layernorm,
@@ -183,11 +183,11 @@ class _Joined:
 def gpu_layers(model: nn.Module, held: dict[nn.Module, GpuLayer]) -> dict[nn.Module, GpuLayer]:
     """The common layers of a model that compute the same here; `held` keeps them with their joined weights."""
     for layer, made in list(held.items()):
-        if fused.is_common(layer) and made.is_of(layer):
+        if _common.is_common(layer) and made.is_of(layer):
             made.refresh()
         else:
             del held[layer]
-    new = [layer for layer in fused.layers_of(model) if layer not in held and fused.is_common(layer)]
+    new = [layer for layer in _common.layers_of(model) if layer not in held and _common.is_common(layer)]
     if new and ROOM * sum(map(_joined_bytes, new)) > _memory.free_on(next(new[0].parameters()).device):
         _slow.tell_no_room()
         return held
@@ -210,9 +210,9 @@ def _groups(layer: Any) -> tuple[list[nn.Linear], list[nn.Linear]]:
 @torch.inference_mode()
 def _computes_the_same(layer: Any) -> How | None:
     """How the layer attends, if its own forward and the kernels agree on some numbers."""
-    (x, around), own = fused.probe(layer), fused.Causal()
+    (x, around), own = _common.probe(layer), _common.Causal()
     tokens, width = x.shape[1], layer.self_attn.head_dim
-    out = fused.tried(lambda: fused.plain(layer, x, **around, upturn_plan=own))
+    out = _common.tried(lambda: _common.plain(layer, x, **around, upturn_plan=own))
     if out is None or own.how is None:
         return None
     shape = (layer.self_attn.layer_idx + 1, 1, layer.self_attn.k_proj.out_features // width, 16, width)
@@ -223,5 +223,5 @@ def _computes_the_same(layer: Any) -> How | None:
     heads = layer.self_attn.q_proj.out_features // width
     plan = KernelPlan(keys, values, 0 * single, place_T, tiles, heads)
     window = How(own.how.scaling, None, own.how.softcap)  # as `Causal` does, whatever the layer's window
-    other = fused.tried(lambda: GpuLayer(layer, window)(x, **around, upturn_plan=plan))
-    return own.how if other is not None and fused.close(out, other) else None
+    other = _common.tried(lambda: GpuLayer(layer, window)(x, **around, upturn_plan=plan))
+    return own.how if other is not None and _common.close(out, other) else None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from upturn import trees
-from upturn.models import _flex, _slow, fused
+from upturn.models import _common, _flex, _slow
 from upturn.models._attention import How
 from upturn.models._capture import Pool
 from upturn.models._compiled_layer import Compiled
@@ -58,8 +58,8 @@ def padded(tree: TokenTree, model: nn.Module) -> TokenTree:
 def may_capture(model: nn.Module, tokens: int, device: torch.device) -> bool:
     """Whether the layers of a model are of a kind that is captured, and small enough. The same for policy and
     reference."""
-    layers = fused.layers_of(model)
-    if device.type != "cuda" or not layers or not fused.is_common(layers[0]):
+    layers = _common.layers_of(model)
+    if device.type != "cuda" or not layers or not _common.is_common(layers[0]):
         return False
     return 6 * tokens * sum(weight.numel() for weight in layers[0].parameters()) <= SMALL
 

@@ -8,30 +8,23 @@ keeps its own forward: each one is asked once whether it computes the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from upturn.models import _attention, _slow, packed
+from upturn.models import _attention, _common, _gpu_layer, _slow, packed
 from upturn.models._attention import How
 from upturn.models.native import on_gpu, ops
 
-Result = TypeVar("Result")
 _Products = tuple[packed.Product, packed.Product, packed.Gated, packed.Product]
 """Queries, keys and values; what was attended to; gate and up; down."""
 SHORT = 256
 """Tokens of a first context that go through the plain layers."""
-PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-SILU = {"SiLU", "SiLUActivation"}
-CLOSE = {torch.bfloat16: 0.03, torch.float16: 0.004, torch.float32: 1e-4, torch.float64: 1e-4}
-"""Largest difference that rounding explains, relative to the largest number of the output; norms compute in fp32."""
 
 
 @contextmanager
@@ -43,27 +36,13 @@ def fused(model: nn.Module, held: dict[Any, Any] | None = None) -> Iterator[None
     """
     _attention.use_plans(model)
     if on_gpu(next(model.parameters())):
-        from upturn.models import _gpu_layer
-
-        with swapped(_gpu_layer.gpu_layers(model, {} if held is None else held)):
+        with _common.swapped(_gpu_layer.gpu_layers(model, {} if held is None else held)):
             yield
         return
     _slow.tell(model, (part for part in model.modules() if isinstance(part, nn.Linear) and not ops.usable(part.weight)))
-    layers: list[Any] = [layer for layer in layers_of(model) if has_kernels(layer) and _may_fuse(layer)]
-    with swapped({layer: _Maybe(layer) for layer in layers}), packed.packed(model, besides=layers):
+    layers: list[Any] = [layer for layer in _common.layers_of(model) if has_kernels(layer) and _may_fuse(layer)]
+    with _common.swapped({layer: _Maybe(layer) for layer in layers}), packed.packed(model, besides=layers):
         yield
-
-
-@contextmanager
-def swapped(forwards: Mapping[Any, Callable[..., Tensor]]) -> Iterator[None]:
-    """Inside, these layers have other forwards."""
-    for layer, forward in forwards.items():
-        layer.forward = forward
-    try:
-        yield
-    finally:
-        for layer in forwards:
-            del layer.forward
 
 
 class _Maybe:
@@ -81,13 +60,13 @@ class _Maybe:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         is_first, self._is_new = self._is_new, False
-        if not is_usual(self._layer, hidden_states, kwargs):
-            return plain(self._layer, hidden_states, *args, **kwargs)
+        if not _common.is_usual(self._layer, hidden_states, kwargs):
+            return _common.plain(self._layer, hidden_states, *args, **kwargs)
         waits = is_first and hidden_states.shape[1] <= SHORT and not ops.has_product(hidden_states.dtype)
         if self._fused is None and not waits:
             how = _fusable(self._layer)
             self._fused = _Fused(self._layer, how) if how else None
-        return (self._fused or partial(plain, self._layer))(hidden_states, *args, **kwargs)
+        return (self._fused or partial(_common.plain, self._layer))(hidden_states, *args, **kwargs)
 
 
 class _Fused:
@@ -165,32 +144,9 @@ def _whole(layer: Any, how: How, products: _Products) -> ops.Layer | None:
     )
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers; none where the model is built in another way."""
-    decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
-    return list(getattr(decoder, "layers", ()))
-
-
-def is_common(layer: nn.Module) -> bool:
-    """Made of the common parts, plain ones. Whether it computes the same must be tried."""
-    named: dict[str, Any] = dict(layer.named_children())
-    if set(named) != PARTS or "forward" in layer.__dict__:
-        return False
-    attention, mlp = named["self_attn"], named["mlp"]
-    inner, outer = dict(attention.named_children()), dict(mlp.named_children())
-    linears = [part for name, part in (*inner.items(), *outer.items()) if name.endswith("_proj")]
-    norms = [part for name, part in (*named.items(), *inner.items()) if name.endswith("norm")]
-    known = set(inner) - {"q_norm", "k_norm"} == ATTENTION and set(outer) == MLP
-    plain = all(packed.is_plain(part) for part in linears) and all(hasattr(n, "variance_epsilon") for n in norms)
-    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules())
-    if not known or not plain or hooked or len({weight.dtype for weight in layer.parameters()}) > 1:
-        return False
-    return type(mlp.act_fn).__name__ in SILU
-
-
 def has_kernels(layer: nn.Module) -> bool:
     """Whether a layer is common, and kernels take what it computes with."""
-    return is_common(layer) and ops.usable(next(layer.parameters()))
+    return _common.is_common(layer) and ops.usable(next(layer.parameters()))
 
 
 def _may_fuse(layer: nn.Module) -> bool:
@@ -213,70 +169,12 @@ _SEEN: WeakKeyDictionary[nn.Module, How | None] = WeakKeyDictionary()
 
 @torch.inference_mode()
 def _computes_the_same(layer: nn.Module) -> How | None:
-    (x, around), own, ours = probe(layer), Causal(), Causal()
-    out = tried(partial(plain, layer, x, **around, upturn_plan=own))
+    (x, around), own, ours = _common.probe(layer), _common.Causal(), _common.Causal()
+    out = _common.tried(partial(_common.plain, layer, x, **around, upturn_plan=own))
     if out is None or own.how is None:
         return None
-    other = tried(partial(_Fused(layer, own.how), x, **around, upturn_plan=ours))
+    other = _common.tried(partial(_Fused(layer, own.how), x, **around, upturn_plan=ours))
     pairs = [] if other is None else [(out, other), *zip(own.seen, ours.seen, strict=True)]
-    return own.how if pairs and all(close(one, two) for one, two in pairs) else None
+    return own.how if pairs and all(_common.close(one, two) for one, two in pairs) else None
 
 
-def asked_by(layer: nn.Module) -> How | None:
-    """How a layer's own forward asks to attend; None where it cannot be called like the others."""
-    (x, around), causal = probe(layer), Causal()
-    with torch.no_grad():
-        tried(partial(plain, layer, x, **around, upturn_plan=causal))
-    return causal.how
-
-
-def tried(work: Callable[[], Result]) -> Result | None:
-    """What it gives; None where it fails, in whatever way: a layer may want to be called in another one."""
-    try:
-        return work()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
-        return None
-
-
-def is_usual(layer: Any, hidden_states: Tensor, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call is of the kind that was tried: one row, and whole heads turned by numbers of the same type."""
-    around, shape = kwargs.get("position_embeddings"), (1, hidden_states.shape[1], layer.self_attn.head_dim)
-    if not isinstance(around, tuple) or len(around) != 2 or len(hidden_states) != 1:
-        return False
-    return all(x.shape == shape and x.dtype == hidden_states.dtype and x.is_contiguous() for x in around)
-
-
-def plain(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """The layer's own forward, whatever stands before it at the moment."""
-    return type(layer).forward(layer, *args, **kwargs)
-
-
-def probe(layer: nn.Module) -> tuple[Tensor, dict[str, Any]]:
-    """Some numbers to try both ways: five tokens at places that are not in a row."""
-    attention: Any = layer.self_attn
-    weight: Tensor = attention.q_proj.weight
-    generator = torch.Generator().manual_seed(0)
-    x = (torch.randn(1, 5, weight.shape[1], generator=generator) / 64).to(weight.dtype)  # so that it hides no branch
-    angle = torch.rand(1, 5, attention.head_dim // 2, generator=generator).repeat(1, 1, 2) * 6
-    return x.to(weight.device), {"position_embeddings": (angle.cos().to(weight), angle.sin().to(weight))}
-
-
-def close(plain: Tensor, other: Tensor) -> bool:
-    """Whether rounding explains the difference."""
-    return bool((plain - other).abs().max() <= CLOSE[plain.dtype] * plain.abs().max())
-
-
-class Causal:
-    """Plain causal attention over all tokens, whatever the layer's window; notes how it was asked, and with what."""
-
-    how: How | None = None
-    seen: tuple[Tensor, ...] = ()
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
-        """See `Plan`."""
-        self.how, self.seen = how, (q, k, v)
-        k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
-        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=how.scaling)
-        return out.transpose(1, 2).contiguous()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from upturn import trees
-from upturn.models import _attention, _graphed, _kept, _memory, _slow, fused
+from upturn.models import _attention, _common, _graphed, _kept, _memory, _slow, fused
 from upturn.models._attention import How
 from upturn.models._compiled_layer import Compiled
 from upturn.models._fused_layer import Fused
@@ -45,9 +45,9 @@ def fused_training(model: nn.Module, plan: TreePlan) -> Iterator[None]:
     _attention.use_plans(model)
     device = plan.tree.ids_T.device
     is_other = plan.flex and device.type == "cpu"
-    known = {} if is_other else {layer: how for layer in fused.layers_of(model) if (how := _fusable(layer))}
+    known = {} if is_other else {layer: how for layer in _common.layers_of(model) if (how := _fusable(layer))}
     layers: list[Any] = [*known]
-    _slow.tell(model, (layer for layer in fused.layers_of(model) or [model] if layer not in known))
+    _slow.tell(model, (layer for layer in _common.layers_of(model) or [model] if layer not in known))
     tokens = len(plan.tree.ids_T)
     made = [KINDS[device.type](layer, known[layer]) for layer in layers]
     share = SHARE_OF_FREE.get(device.type, 1)
@@ -57,11 +57,11 @@ def fused_training(model: nn.Module, plan: TreePlan) -> Iterator[None]:
     if torch.is_grad_enabled():
         _lay_out([one for one in made if isinstance(one, Fused)], tokens)
     forwards: dict[Any, Any] = dict(zip(layers, made, strict=True))
-    is_whole = len(made) == len(fused.layers_of(model)) and _graphed.may_capture(model, tokens, device)
+    is_whole = len(made) == len(_common.layers_of(model)) and _graphed.may_capture(model, tokens, device)
     whole = [one for one in made if isinstance(one, Compiled)] if is_whole else []
     if stack := _graphed.stacked(whole, [*known.values()]):
         forwards = dict.fromkeys(layers, _graphed.same) | {layers[0]: stack}
-    with fused.swapped(forwards):
+    with _common.swapped(forwards):
         yield
 
 
@@ -75,7 +75,7 @@ def _fusable(layer: nn.Module) -> How | None:
     """How a common layer attends, if it was found to compute the same, gradients too."""
     device = next((weight.device.type for weight in layer.parameters()), "")
     kind = KINDS.get(device)
-    if kind is None or not fused.is_common(layer):
+    if kind is None or not _common.is_common(layer):
         return None
     width: int = layer.self_attn.head_dim  # type: ignore[union-attr,assignment]
     if kind is Fused and (not fused.has_kernels(layer) or width > back.MOST_WIDTH):
@@ -99,17 +99,17 @@ def _computes_the_same(layer: nn.Module, kind: type[Fused] | type[Compiled]) -> 
     """
     with torch.inference_mode(False), torch.enable_grad():
         is_compiled = issubclass(kind, Compiled)
-        exact = fused.tried(lambda: copy.deepcopy(layer).to(torch.float64 if is_compiled else torch.float32))
-        how = None if exact is None else fused.asked_by(exact)
+        exact = _common.tried(lambda: copy.deepcopy(layer).to(torch.float64 if is_compiled else torch.float32))
+        how = None if exact is None else _common.asked_by(exact)
         if exact is None or how is None or (how.softcap and not is_compiled):
             return None
         tree = trees.build([Sample((0,), (1, 2)), Sample((0,), (3, 4))])
         plan = TreePlan(tree.to(next(layer.parameters()).device), flex=False)
-        plain = _learnt(exact, partial(fused.plain, exact), plan)
+        plain = _learnt(exact, partial(_common.plain, exact), plan)
         same = _learnt(exact, Compiled(exact, how, is_compiled=False) if is_compiled else Fused(exact, how), plan)
         has_own = not is_compiled and next(layer.parameters()).dtype != torch.float32
         own = _learnt(layer, Fused(layer, how), plan) if has_own else same
-    if not plain or not same or not own or not all(map(fused.close, plain, same)):
+    if not plain or not same or not own or not all(map(_common.close, plain, same)):
         return None
     return how if all(map(_near, same, own)) else None
 
@@ -120,11 +120,11 @@ def _near(exact: Tensor, own: Tensor) -> bool:
 
 def _learnt(layer: nn.Module, forward: Any, plan: TreePlan) -> list[Tensor] | None:
     """The output, and the gradients of its sum of squares; None where it fails."""
-    x, around = fused.probe(layer)
+    x, around = _common.probe(layer)
     inputs = [x.clone().requires_grad_(), *(p for p in layer.parameters() if p.requires_grad)]
 
     def work() -> list[Tensor]:
         out = forward(inputs[0], **around, upturn_plan=plan)
         return [out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)]
 
-    return fused.tried(work)
+    return _common.tried(work)
