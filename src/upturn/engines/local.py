@@ -8,9 +8,9 @@ A refinement is guessed from the drafts it was shown (`_propose`): the guess is 
 place chooses its token with its own uniform number, and tokens count up to the first that was not the guess. So a
 draft is the same with and without speculation, at any temperature, where logits are the same: in float32 up to
 rounding, which moves a token only where a uniform number falls within it. In bfloat16 the last bits of a logit depend
-on the batch's shape, so drafts part at near-ties; their distribution is the same. On a CPU with matrix tiles (AMX),
-where all layers are of the common kind (`models._common`) and top_p is 1, they do not: drafts are the same to the bit. How much
-is proposed follows from counts and never from a clock: the same run gives the same bytes.
+on the batch's shape, so drafts part at near-ties; their distribution is the same. On a CPU with our own products (x86),
+where all layers are of the common kind (`models._common`) and top_p is 1, they do not: drafts are the same to the bit.
+How much is proposed follows from counts and never from a clock: the same run gives the same bytes.
 """
 
 from __future__ import annotations
