@@ -268,7 +268,8 @@ def test_the_model_is_left_as_it_was_also_after_a_fault(monkeypatch: pytest.Monk
 
 def test_without_kernels_everything_is_as_ever():
     program = "import torch; from upturn.models.native import ops\nassert not ops.usable(torch.zeros(1))\n"
-    program += "from upturn.models import _common; from test_fused_training import *\nmodel = tiny(LlamaConfig, torch.bfloat16)\n"
+    program += "from upturn.models import _common\nfrom test_fused_training import *\n"
+    program += "model = tiny(LlamaConfig, torch.bfloat16)\n"
     program += "assert not any(map(fused_training._fusable, _common.layers_of(model)))\n"
     program += "assert torch.isfinite(learnt(model, forest())[0]).all()"
     here = os.environ | {"UPTURN_NATIVE": "0", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
