@@ -221,7 +221,7 @@ class GraphPasses:
             return
         try:
             size.out, size.replay = self._pool.captured(lambda: self._compute(size))
-        except RuntimeError as error:  # a layer that waits for the device, or whose kernels cannot be captured
+        except Exception as error:  # a layer that waits for the device, or whose kernels cannot be captured
             self._captures = False
             _slow.tell_uncaptured(error)
 

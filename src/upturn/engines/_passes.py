@@ -94,7 +94,7 @@ class Ready:
     def _graphs(self) -> tuple[Slots, Any]:
         from upturn.engines._graphs import GpuSlots, GraphPasses
 
-        addresses = [weight.data_ptr() for weight in self._model.parameters()]
+        addresses = [*(weight.data_ptr() for weight in self._model.parameters()), *map(id, self._held.values())]
         if self._lasting is None or addresses != self._addresses:
             self._lasting = None  # there may be no room for both
             cache = GpuSlots(self._config, self._num_slots, next(self._model.parameters()), self._length)

@@ -22,8 +22,8 @@ class Pool:
     def captured(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """What the work gives, at places that stay, and what computes it there again.
 
-        It must have run before, so that what it needs is compiled and known. Raises RuntimeError where it waits for the
-        device, or cannot be captured.
+        It must have run before, so that what it needs is compiled and known. Raises what the work raises, and
+        RuntimeError where it waits for the device or cannot be captured.
         """
         with torch.cuda.device(self._device):
             self._handle = self._handle or torch.cuda.graph_pool_handle()

@@ -111,12 +111,13 @@ class Stack:
     def _captured(self, x: Tensor, cos: Tensor, sin: Tensor, tree: TokenTree) -> _Captured | None:
         graphs, first = self._graphs, self._layers[0]
         key = (id(first.weights.q), len(x), first.keeps_gates)
-        if key not in graphs.made and graphs.works and torch.is_grad_enabled():
+        learns = torch.is_grad_enabled() and first.weights.q.requires_grad
+        if key not in graphs.made and graphs.works and learns:
             graphs.seen[key] += 1
             if graphs.seen[key] >= SEEN:
                 try:
                     graphs.made[key] = _Captured(self._layers, (x, cos, sin, tree), graphs)
-                except RuntimeError as error:  # a layer that waits for the device, or whose kernels cannot be captured
+                except Exception as error:  # a layer that waits for the device, or whose kernels cannot be captured
                     graphs.works = False
                     _slow.tell_uncaptured(error)
         return graphs.made.get(key)
