@@ -96,6 +96,12 @@ def test_fused_layers_learn_as_plain_ones_do(
     family: str, dtype: torch.dtype, tied: bool, width: int, monkeypatch: pytest.MonkeyPatch
 ):
     model, tree = tiny(COMMON[family], dtype, tie_word_embeddings=tied, head_dim=width), forest()
+    assert_learns_as_plain(model, tree, dtype, monkeypatch)
+
+
+def assert_learns_as_plain(
+    model: Any, tree: trees.TokenTree, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert all(map(fused_training._fusable, _common.layers_of(model)))
     logprobs, grads = learnt(model, tree)
     plain(monkeypatch)

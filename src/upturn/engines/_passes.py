@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from upturn.engines import sampling
-from upturn.engines._slots import BEGIN, Slots, Span, StepPlan
+from upturn.engines._slots import BEGIN, Slots, Span, StepPlan, heads_of
 from upturn.models import policy
 from upturn.models.fused import fused
 from upturn.models.native import on_gpu, ops
@@ -86,10 +86,8 @@ class Ready:
     def _has_kernels(self) -> bool:
         from upturn.models import _gpu_layer
 
-        config, like = self._config, next(self._model.parameters())
-        heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return _gpu_layer.runs(like, heads, getattr(config, "num_key_value_heads", None) or heads, width)
+        like, config = next(self._model.parameters()), self._config
+        return _gpu_layer.runs(like, config.num_attention_heads, *heads_of(config))
 
     def _graphs(self) -> tuple[Slots, Any]:
         from upturn.engines._graphs import GpuSlots, GraphPasses

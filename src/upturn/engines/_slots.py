@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,12 @@ FEW_QUERIES = 32
 (twice as fast at one token and 512 keys)."""
 
 
+def heads_of(config: Any) -> tuple[int, int]:
+    """How many heads of keys a model has, and how wide they are."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 class Slots:
     """Keys and values of up to `size` contexts, each as long as `reserve` made them.
 
@@ -37,8 +43,7 @@ class Slots:
 
     def __init__(self, config: object, size: int, like: Tensor, length: int = BEGIN) -> None:
         self.size = size
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads  # type: ignore[attr-defined]
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # type: ignore[attr-defined]
+        heads, width = heads_of(config)
         layers: int = config.num_hidden_layers  # type: ignore[attr-defined]
         self.native = ops.usable(like)
         """Whether kernels attend: they read each slot as far as it is filled, wherever it lies, and lay it out."""

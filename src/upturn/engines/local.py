@@ -56,13 +56,11 @@ class Local:
         speculate: bool = True,
     ) -> None:
         self.model, self.chat, self.cfg, self.seed, self.num_slots = model.eval(), chat, cfg, seed, slots
-        self.device = next(model.parameters()).device
         config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
         self.longest = int(config.max_position_embeddings)
         self.max_new_tokens = cfg.max_new_tokens or 256
         self.speculate = speculate
         self._ends = frozenset(chat.end_ids)
-        self._config = config
         self._ready = Ready(self.model, cfg, slots)
         self._cache: Any = None
         self._passes: Any = None

@@ -48,8 +48,3 @@ class Pool:
         with suppress(RuntimeError, AttributeError):
             torch._C._cuda_endAllocateToPool(self._device.index, self._handle)
         self._handle = None
-
-
-def is_capturing(like: Tensor) -> bool:
-    """Whether kernels are captured now instead of run."""
-    return like.is_cuda and torch.cuda.is_current_stream_capturing()

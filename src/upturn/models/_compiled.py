@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upturn.models import _slow
 from upturn.tracking import progress
 
 BACKEND: Any = "inductor"
@@ -82,6 +83,5 @@ def by_tokens(*tensors: Tensor | None) -> None:
 def _tell(fault: Exception) -> None:
     if not _TOLD:
         inner = getattr(fault, "inner_exception", fault)
-        reason = (str(inner).strip() or type(inner).__name__).splitlines()[0]
-        progress.say(f"torch.compile fails here, so training is slower: {reason}")
+        progress.say(f"torch.compile fails here, so training is slower: {_slow.reason(inner)}")
     _TOLD.append(fault)

@@ -49,13 +49,12 @@ def block_mask(tree: TokenTree, window: int | None) -> Any:
     )
 
 
-PARTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
-BACK = ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
+PARTS = [f"{full}{side}_{what}" for side in ("kv", "q") for full in ("", "full_") for what in ("num_blocks", "indices")]
 
 
 def tensors_of(mask: Any) -> list[Tensor]:
     """All that a mask is made of, in one order."""
-    return [*(getattr(mask, name) for name in (*PARTS, *BACK)), *mask.mask_mod.reads]
+    return [*(getattr(mask, name) for name in PARTS), *mask.mask_mod.reads]
 
 
 def _ordered(seen: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from upturn.errors import ModelError
-from upturn.models import _common, _memory, _slow
+from upturn.models import _common, _memory, _slow, packed
 from upturn.models._attention import How
 
 ROOM = 2
@@ -152,12 +152,9 @@ class _Joined:
 
     def __init__(self, parts: Sequence[nn.Linear]) -> None:
         self._parts = parts
-        weight = parts[0].weight
-        rows = sum(part.out_features for part in parts)
-        self._weight = weight.new_empty(rows, weight.shape[1])
-        has_bias = any(part.bias is not None for part in parts)
-        self._bias = weight.new_zeros(rows) if has_bias else None
-        self.refresh()
+        self._weight = torch.cat([part.weight.detach() for part in parts])
+        biases = packed.biases_of(parts)
+        self._bias = torch.cat(biases).detach() if biases else None
 
     def is_of(self, parts: Sequence[nn.Linear]) -> bool:
         """Whether these are the layers, and their weights of the same type on the same device."""
@@ -168,13 +165,8 @@ class _Joined:
     def refresh(self) -> None:
         """Copy the weights."""
         torch.cat([part.weight for part in self._parts], out=self._weight)
-        for part, place in zip(self._parts, self._places(), strict=True):
-            if self._bias is not None and part.bias is not None:
-                self._bias[place] = part.bias
-
-    def _places(self) -> list[slice]:
-        ends = torch.tensor([part.out_features for part in self._parts]).cumsum(0).tolist()
-        return [slice(end - part.out_features, end) for part, end in zip(self._parts, ends, strict=True)]
+        if self._bias is not None:
+            torch.cat(packed.biases_of(self._parts), out=self._bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self._weight, self._bias)

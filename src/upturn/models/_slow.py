@@ -27,16 +27,19 @@ def tell(model: nn.Module, parts: Iterable[nn.Module]) -> None:
         )
 
 
+def reason(fault: Exception) -> str:
+    """The first line of what it says."""
+    return (str(fault).strip() or type(fault).__name__).splitlines()[0]
+
+
 def tell_uncaptured(fault: Exception) -> None:
     """Passes go on one kernel at a time."""
-    reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
-    progress.say(f"this model's passes cannot be captured as CUDA graphs, so they are slower: {reason}")
+    progress.say(f"this model's passes cannot be captured as CUDA graphs, so they are slower: {reason(fault)}")
 
 
 def tell_no_kernels(fault: Exception) -> None:
     """A generation goes on as torch does it."""
-    reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
-    progress.say(f"upturn's kernels do not run on this GPU, so generation is slower: {reason}")
+    progress.say(f"upturn's kernels do not run on this GPU, so generation is slower: {reason(fault)}")
 
 
 def tell_no_room() -> None:

@@ -65,7 +65,7 @@ class Product:
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         weight = _joined([layer.weight for layer in layers])
-        biases = _biases(layers)
+        biases = biases_of(layers)
         self._rows, self.bias = len(weight), _joined(biases) if biases else None
         self.panels = ops.packed(weight) if _is_ours(weight) else None
         if self.panels is None and _suits_onednn(weight):
@@ -88,7 +88,7 @@ class Gated:
     __slots__ = ("_both", "_rows", "bias", "panels")
 
     def __init__(self, gate: nn.Linear, up: nn.Linear) -> None:
-        biases, fits = _biases((gate, up)), _is_ours(gate.weight) and gate.out_features % (ops.PANEL // 2) == 0
+        biases, fits = biases_of((gate, up)), _is_ours(gate.weight) and gate.out_features % (ops.PANEL // 2) == 0
         self.panels = ops.packed(_by_turns(gate.weight, up.weight)) if fits else None
         self._rows, self.bias = 2 * gate.out_features, _by_turns(*biases) if biases and fits else None
         self._both = Product((gate, up)) if self.panels is None else None
@@ -110,7 +110,7 @@ def _by_turns(gate: Tensor, up: Tensor) -> Tensor:
     return torch.stack(halves, 1).flatten(0, 2)
 
 
-def _biases(layers: Sequence[nn.Linear]) -> list[Tensor]:
+def biases_of(layers: Sequence[nn.Linear]) -> list[Tensor]:
     """Those of all layers, 0 where one has none; nothing where none has one."""
     known: list[Tensor | None] = [layer.bias for layer in layers]
     missing = [layer.weight.new_zeros(layer.out_features) for layer in layers]

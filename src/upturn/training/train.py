@@ -60,6 +60,7 @@ class Outcome:
     """Means over the last tenth of the steps."""
 
 
+@policy.captured_layers()
 def run(model: nn.Module, job: Job, log: Log, reference: nn.Module | None = None) -> Outcome:
     """Train `model` in place.
 
@@ -67,11 +68,6 @@ def run(model: nn.Module, job: Job, log: Log, reference: nn.Module | None = None
                 Then every preference margin must be exactly 0 at step 0, or the training refuses to go on.
     Raises RunError on a loss that is not finite, with a saved repro, and DataError when an example does not fit.
     """
-    with policy.captured_layers():
-        return _run(model, job, log, reference)
-
-
-def _run(model: nn.Module, job: Job, log: Log, reference: nn.Module | None) -> Outcome:
     model.eval()  # dropout would make policy and reference differ at step 0
     data = _samples(model, job)
     device = next(model.parameters()).device.type
