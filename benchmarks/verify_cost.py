@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from upturn.engines import sampling
-from upturn.engines._slots import Slots, Span, StepPlan
-from upturn.models import fused, load, policy
+from upturn.engines._passes import Passes
+from upturn.engines._slots import Slots, Span
+from upturn.models import fused, load
 
 CLOCKS = {"wall": _child.wall, "cpu": time.process_time}
 GRID = [
@@ -37,13 +38,10 @@ GRID = [
 
 def seconds(model: Any, cache: Slots, counts: Sequence[int], start: int, clock: Callable[[], float]) -> float:
     """One forward pass with so many new tokens in each slot behind `start` others, and a choice at each of them."""
-    device = cache.keys.device
-    ids_T, uniform_T = torch.zeros(sum(counts), dtype=torch.long), torch.full((sum(counts),), 0.5)
+    passes = Passes(model, cache, sampling.Config(temperature=0.7))
+    ids, uniforms = [0] * sum(counts), np.full(sum(counts), 0.5)
     began = clock()
-    plan = StepPlan(cache, [Span(slot, start, count, count) for slot, count in enumerate(counts)])
-    hidden_T = policy.hidden_states(model, ids_T.to(device), plan.place_T, plan)
-    chosen, _ = sampling.choose(policy.head(model, hidden_T), uniform_T.to(device), 0.7, 1.0)
-    chosen.tolist()
+    passes.start(ids, [Span(slot, start, count, count) for slot, count in enumerate(counts)], uniforms)()
     return clock() - began
 
 
