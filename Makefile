@@ -42,6 +42,7 @@ demo: install
 
 test: install
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check --quiet
 	$(BIN)/pyright
 	$(BIN)/python -m pytest
 

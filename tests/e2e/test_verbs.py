@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+from rich.text import Text
 from typer.testing import CliRunner, Result
 
 from upturn.cli import verbs
@@ -53,6 +54,13 @@ def test_a_chain_is_what_it_was(model: Path):
     plain = refine(model)
     assert titles(plain.stdout) == ["Turn 1", "Turn 2", "Turn 3"]
     assert refine(model, "--strategy", "chain").stdout == plain.stdout
+
+
+def test_a_terminal_shows_the_same_in_the_end(model: Path, monkeypatch: pytest.MonkeyPatch):
+    plain = refine(model)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    shown = refine(model)
+    assert titles(Text.from_ansi(shown.stdout).plain) == titles(plain.stdout)
 
 
 def test_critique_and_answer_have_requests_of_their_own(model: Path):

@@ -102,6 +102,17 @@ def test_a_chain_reuses_the_question_and_the_first_draft(loaded: load.Loaded):
         assert third.cached_tokens >= first.prompt_tokens
 
 
+def test_a_draft_can_be_read_while_it_grows(loaded: load.Loaded):
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests("again"))
+    engine = local.Local(loaded.model, talk, sampling.Config(max_new_tokens=12), seed=0, slots=1)
+    told: list[tuple[int, ...]] = []
+    chains = partial(chain.generate, cfg=chain.Config(turns=2))
+    [attempt] = engine.run(PROMPTS[:1], chains, on_tokens=lambda ids: told.append((*ids,)))
+    first, second = (draft.token_ids for draft in attempt.drafts)
+    assert told[: len(first)] == [first[: 1 + place] for place in range(len(first))]
+    assert told[-1] == second and told[len(first)] == second[: len(told[len(first)])]
+
+
 def test_the_end_token_is_there_only_if_it_was_sampled(loaded: load.Loaded):
     seen = set()
     for attempt in sample(loaded, [Prompt(str(i), "xyz"[: 1 + i % 3]) for i in range(40)]):

@@ -104,9 +104,7 @@ def _tiles(gpu: Any) -> Tensor:
     return torch.tensor([*cut, (0, 0, 0, 0)], dtype=torch.int32, device=DEVICE).t().contiguous()
 
 
-def _attended(
-    q: Tensor, keys: Tensor, values: Tensor, where: tuple[Tensor, Tensor], how: tuple[float, int]
-) -> Tensor:
+def _attended(q: Tensor, keys: Tensor, values: Tensor, where: tuple[Tensor, Tensor], how: tuple[float, int]) -> Tensor:
     """Token by token, in fp32."""
     (slot, place), (cap, window), rows = where, how, []
     for token in range(len(q)):

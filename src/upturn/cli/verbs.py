@@ -15,6 +15,7 @@ from upturn.types import Attempt, Draft, Prompt, Requests
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from upturn.cli.typewriter import Types
     from upturn.engines.api import Endpoint
     from upturn.evaluation.study import Study
     from upturn.models.card import Refining
@@ -101,38 +102,47 @@ def show_diagnosis(folder: Path, study: Study) -> None:
 
 
 def refine(question: str, model: str, how: Asked, *, show: bool) -> Attempt:
-    """Answer, refine for some turns, and print each answer and each critique as it comes.
+    """Answer, refine for some turns, and print each answer and each critique as it comes: in a terminal word by word.
 
     Raises ConfigError where there is no strategy of the name, or none with turns.
     """
     from rich.console import Console
 
+    from upturn.cli.typewriter import typewriter
+
+    console = Console(quiet=not show)
+    with typewriter(console) as types:
+        types(lambda: f"loading {model} ...")
+        return _refine(question, model, how, console, types)
+
+
+def _refine(question: str, model: str, how: Asked, console: Console, types: Types) -> Attempt:
     from upturn import config
     from upturn.engines import local, sampling
     from upturn.models import card, chat, load
 
-    console = Console()
     folder = load.resolve(model)  # once: it may fetch from the hub, or read a whole GGUF file
     own = card.refining(Path(folder))
     strategy = config.plugin("strategies", _strategy(how.strategy, own.strategy, how.turns))
     loaded = load.load(folder)
     requests = Requests(how.request or own.refine, how.critique_request or own.critique)
     talk = chat.load(loaded.tokenizer, loaded.end_ids, requests, own.layout)
-    if talk.notice and show:
+    if talk.notice:
         console.print(f"({talk.notice})", style="dim")
     lengths = sampling.Config(temperature=how.temperature, max_new_tokens=how.max_new_tokens)
     seen: dict[int, Draft] = {}
 
     def on_draft(draft: Draft) -> None:
-        if show:
-            _show(console, draft, seen)
+        types(str)
+        _show(console, draft, seen)
         seen[draft.index] = draft
 
     engine = local.Local(loaded.model, talk, lengths, seed=how.seed, slots=1)
     prompt = Prompt("question", question)
     engine.check([prompt])
-    [attempt] = engine.run([prompt], partial(strategy.module.generate, cfg=strategy.cfg), on_draft)
-    if show and len(attempt.drafts) > len(seen):  # kept answers cost nothing: the model was not asked for them
+    rule = partial(strategy.module.generate, cfg=strategy.cfg)
+    [attempt] = engine.run([prompt], rule, on_draft, lambda ids: types(lambda: talk.decode(ids)))
+    if len(attempt.drafts) > len(seen):  # kept answers cost nothing: the model was not asked for them
         console.print("The critique found nothing to change: the answer stays.", style="dim", highlight=False)
     return attempt
 

@@ -80,9 +80,17 @@ class Local:
             )
 
     def run(
-        self, prompts: Sequence[Prompt], generate: Generate, on_draft: Callable[[Draft], None] = lambda draft: None
+        self,
+        prompts: Sequence[Prompt],
+        generate: Generate,
+        on_draft: Callable[[Draft], None] = lambda draft: None,
+        on_tokens: Callable[[Sequence[int]], None] = lambda token_ids: None,
     ) -> list[Attempt]:
-        """Run a strategy over all prompts; attempts come back in the order of the prompts."""
+        """Run a strategy over all prompts; attempts come back in the order of the prompts.
+
+        `on_tokens` is told after each pass what a draft has so far, for somebody who reads along with a single one.
+        """
+        self._on_tokens = on_tokens
 
         def work() -> list[Attempt]:
             with torch.inference_mode(), _base.few_collections(), self._ready.opened() as (cache, passes):
@@ -258,6 +266,7 @@ class Local:
         slot.ids += tokens[:-1]
         request.token_ids += tokens
         request.logprobs += logprobs[: len(tokens)]
+        self._on_tokens(request.token_ids)
         if reason:
             slot.request = None
             self._finish(request, reason)

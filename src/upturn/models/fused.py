@@ -176,5 +176,3 @@ def _computes_the_same(layer: nn.Module) -> How | None:
     other = _common.tried(partial(_Fused(layer, own.how), x, **around, upturn_plan=ours))
     pairs = [] if other is None else [(out, other), *zip(own.seen, ours.seen, strict=True)]
     return own.how if pairs and all(_common.close(one, two) for one, two in pairs) else None
-
-

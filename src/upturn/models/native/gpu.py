@@ -101,9 +101,7 @@ def keys_at_once(width: int, bytes_each: int) -> int:
     return count
 
 
-def attend(
-    q: Tensor, tiles: Tensor, cache: tuple[Tensor, Tensor], how: tuple[float, float, int], out: Tensor
-) -> None:
+def attend(q: Tensor, tiles: Tensor, cache: tuple[Tensor, Tensor], how: tuple[float, float, int], out: Tensor) -> None:
     """Attention of `q [T, H, D]`, each over its slot up to its own place, into `out [T, H, D]`.
 
     tiles   `[4, N]` int32: slot, first token of the step, its place in the slot, and how many tokens (at most
