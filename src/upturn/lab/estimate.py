@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,12 @@ ANSWER_SHARE = 0.6
 """Length of a usual answer as a share of the longest allowed."""
 PROMPT_TOKENS = 64
 """Tokens of a usual question with its template."""
-EFFICIENCY = {"generate": 0.15, "train": 0.35}
-"""Share of the matrix rate that a step usually reaches."""
+EFFICIENCY = {"cpu": {"generate": 0.4, "train": 0.5}, "cuda": {"generate": 0.08, "train": 0.35}}
+"""Share of the matrix rate that a step usually reaches, by device. Those of a CPU are measured (docs/performance.md);
+those of an H200 follow from the rates of SmolLM2-135M, and larger models reach more."""
+PRODUCT = {"cpu": (256, 1024), "cuda": (8192, 4096)}
+"""Rows, and inputs and outputs, of a product that shows the rate of a device."""
+REPEATS = 8
 DRAFTS_PER_GROUP = 8
 """Drafts of a group that are learned from, as far as can be told before they are made."""
 FLOPS_PER_TOKEN = {"generate": 2 * 1.5, "train": 8}
@@ -22,14 +27,16 @@ FLOPS_PER_TOKEN = {"generate": 2 * 1.5, "train": 8}
 class Speed:
     """What this machine does with this model."""
 
-    parameters: float
+    parameters: int
     flops: float
+    """Of a matrix product, per second."""
+    device: str = "cpu"
 
     def seconds(self, step: str, tokens: int) -> float:
         """Expected seconds of a step; 0 for the light ones."""
-        if step not in EFFICIENCY:
+        if step not in FLOPS_PER_TOKEN:
             return 0.0
-        return tokens * self.parameters * FLOPS_PER_TOKEN[step] / (EFFICIENCY[step] * self.flops)
+        return tokens * self.parameters * FLOPS_PER_TOKEN[step] / (EFFICIENCY[self.device][step] * self.flops)
 
 
 def training_tokens(pairs: int, rows: int, max_new_tokens: int, epochs: float) -> int:
@@ -39,17 +46,29 @@ def training_tokens(pairs: int, rows: int, max_new_tokens: int, epochs: float) -
 
 
 def measure(folder: Path, dtype: str) -> Speed:
-    """Parameters from the size of the weights, and the machine's rate at one matrix product."""
+    """Parameters as the files of the weights tell them, and the machine's rate at one matrix product."""
     import torch
 
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    left, right = torch.ones(256, 1024, dtype=kind, device=device), torch.ones(1024, 1024, dtype=kind, device=device)
+    rows, width = PRODUCT[device]
+    left, right = (torch.ones(size, width, dtype=kind, device=device) for size in (rows, width))
     product = left @ right
     product.sum().item()
     began = time.perf_counter()
-    for _ in range(8):
+    for _ in range(REPEATS):
         product = left @ right
     product.sum().item()
-    return Speed(size / 2, 8 * 2 * 256 * 1024 * 1024 / (time.perf_counter() - began))
+    return Speed(parameters(folder), REPEATS * 2 * rows * width**2 / (time.perf_counter() - began), device)
+
+
+def parameters(folder: Path) -> int:
+    """Numbers in the weights of a folder; only the heads of its files are read."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    return count
