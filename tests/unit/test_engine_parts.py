@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from upturn.engines import _graphs, sampling
+from upturn.engines import _graphs, _slots, sampling
 from upturn.engines._passes import told
 from upturn.engines._propose import Copying, begin
 from upturn.engines._requests import Held, Slot, shared
+from upturn.engines._slots import Slots
+from upturn.models import load
 
 few_tokens = st.lists(st.integers(0, 3), max_size=12)
 
@@ -73,3 +77,16 @@ def test_a_step_moved_on_is_the_next_one(monkeypatch: pytest.MonkeyPatch) -> Non
     assert moved.tolist() != fresh.tolist()
     size.move_on(moved, 3)
     assert moved.tolist() == fresh.tolist()
+
+
+def test_a_gpu_has_as_many_slots_as_there_is_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load.load(str(tiny.save(tmp_path / "model")), "float32", device="cpu").model
+    assert _slots.usual(model, 10**9) == _slots.USUAL["cpu"]
+    away = model.to("meta")  # stands for any device that is not a CPU
+    cache = Slots(model.config, 7, next(away.parameters()), 256)  # a third of the room is what 7 slots take
+    monkeypatch.setattr(_slots, "free_on", lambda device: 3 * (cache.keys.nbytes + cache.values.nbytes))
+    assert _slots.usual(away, 256) == 7
+    assert _slots.usual(away, 512) == 3
+    assert _slots.usual(away, 10**9) == 1
+    monkeypatch.setattr(_slots, "free_on", lambda device: 2**50)
+    assert _slots.usual(away, 256) == _slots.USUAL["cpu"]

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from upturn.errors import ModelError
 from upturn.models._attention import How, hidden, sdpa
+from upturn.models._memory import free_on
 from upturn.models.native import ops
 
 BEGIN = 128
@@ -24,6 +25,23 @@ GROW_SHARE = 8
 FEW_QUERIES = 32
 """Up to so many new tokens of a slot two plain matrix products beat the fused kernel on a CPU at any number of keys
 (twice as fast at one token and 512 keys)."""
+
+USUAL = {"cpu": 96, "cuda": 256}
+"""Slots where nobody asks for a number: a pass costs a CPU as much as some 10 to 40 tokens, and a GPU as hundreds."""
+SHARE_OF_FREE = 3
+"""On a GPU they may come to take one part in so many of its free memory: it is copied when it grows."""
+
+
+def usual(model: nn.Module, tokens: int) -> int:
+    """How many slots suit the device of a model, where each comes to hold so many tokens. On a CPU they are always the
+    same number: in some types and layouts it moves last bits."""
+    like, config = next(model.parameters()), cast(Any, model).config.get_text_config()
+    most = USUAL.get(like.device.type, USUAL["cpu"])
+    if like.device.type == "cpu":
+        return most
+    heads, width = heads_of(config)
+    one = 2 * config.num_hidden_layers * heads * width * like.element_size() * max(tokens, BEGIN)
+    return max(1, min(most, free_on(like.device) // SHARE_OF_FREE // one))
 
 
 def heads_of(config: Any) -> tuple[int, int]:

@@ -30,10 +30,11 @@ class Options(Strict):
     device: str = "auto"
     layout: Layout = "auto"
     """How drafts are shown: as a conversation, or quoted in one message."""
-    slots: int = Field(default=64, ge=1)
-    """Drafts that are sampled at the same time."""
-    chunk_prompts: int = Field(default=128, ge=1)
-    """Prompts between two saves of a generation; a kill costs at most one chunk."""
+    slots: int | None = Field(default=None, ge=1)
+    """Drafts that are sampled at the same time; None: what suits the device."""
+    chunk_prompts: int | None = Field(default=None, ge=1)
+    """Prompts between two saves of a generation: a kill costs at most one chunk, and the batch runs empty at the end of
+    each. None: so many for each slot as suit the device."""
     trust_remote_code: bool = False
 
 

@@ -119,7 +119,7 @@ def _measured(
         status="running",
         turns=cfg.turns,
     )
-    options = config.checked(Options, {"dtype": s.dtype, "chunk_prompts": 100, "slots": 100}, recipe)
+    options = config.checked(Options, {"dtype": s.dtype}, recipe)
     bench = Bench(folder, _store(folder, None), plugin, options, s.seed, summary, skip_failed=s.skip_failed)
     if s.requests and not any(setting.startswith(("refine_request", "critique_request")) for setting in s.task):
         bench.requests = s.requests  # a model is measured as it was trained

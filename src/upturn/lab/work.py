@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from upturn import trees
 from upturn.config import Plugin
-from upturn.engines import api, local, sampling
+from upturn.engines import _slots, api, local, sampling
 from upturn.engines._base import Generate
 from upturn.errors import RunError
 from upturn.evaluation.summary import Summary
@@ -29,6 +29,10 @@ from upturn.types import Attempt, Draft, Example, Prompt, Requests, Sample, draf
 
 FAILURES = "failures.json"
 """Prompt id -> reason, for prompts that an endpoint did not answer."""
+WAVES = {"cpu": 2, "cuda": 4}
+"""Prompts of a chunk for each slot."""
+ASKED = 128
+"""Prompts of a chunk that an endpoint is asked for."""
 DRIFT_SAMPLES = 32
 """Direct answers per forward pass when two models are compared."""
 
@@ -86,8 +90,16 @@ def generate(
     talk = chat.load(loaded.tokenizer, loaded.end_ids, s.requests, s.options.layout)
     if talk.notice:
         progress.say(f"{s.label}: {talk.notice}")
-    engine = local.Local(loaded.model, talk, how, seed=s.seed, slots=s.options.slots)
-    return _in_chunks(engine, prompts, rule, s)
+    kind = next(loaded.model.parameters()).device.type
+    slots = s.options.slots or _slots.usual(loaded.model, _longest(talk, prompts, how))
+    engine = local.Local(loaded.model, talk, how, seed=s.seed, slots=slots)
+    return _in_chunks(engine, prompts, rule, s, s.options.chunk_prompts or WAVES[kind] * slots)
+
+
+def _longest(talk: chat.Chat, prompts: Sequence[Prompt], how: sampling.Config) -> int:
+    """Tokens that a slot comes to hold where one draft is shown: question, draft, request, draft."""
+    questions = [len(talk.context(prompt.text, ())) for prompt in prompts]
+    return max(questions, default=0) + 3 * (how.max_new_tokens or 0)
 
 
 def ask(
@@ -104,7 +116,7 @@ def ask(
     The answered prompts are kept, and only the others are asked for again; with `skip_failed` they are left out.
     """
     engine = api.Api(endpoint, s.requests, how, seed=s.seed)
-    facts = _in_chunks(engine, prompts, rule, s, keep_parts=not skip_failed)
+    facts = _in_chunks(engine, prompts, rule, s, s.options.chunk_prompts or ASKED, keep_parts=not skip_failed)
     if engine.notice:
         progress.say(f"{s.label}: {engine.notice}")
     failures = json.loads((s.folder / FAILURES).read_text()) if (s.folder / FAILURES).is_file() else {}
@@ -120,11 +132,16 @@ def ask(
 
 
 def _in_chunks(
-    engine: local.Local | api.Api, prompts: Sequence[Prompt], rule: Rule, s: Settings, *, keep_parts: bool = False
+    engine: local.Local | api.Api,
+    prompts: Sequence[Prompt],
+    rule: Rule,
+    s: Settings,
+    size: int,
+    *,
+    keep_parts: bool = False,
 ) -> dict[str, Any]:
     """All drafts in `drafts.jsonl`; a chunk's file holds what is finished of it, in the order of the prompts."""
     engine.check(prompts)
-    size = s.options.chunk_prompts
     chunks = [prompts[first : first + size] for first in range(0, len(prompts), size)]
     total = len(prompts) * rule.drafts
     merged = (s.folder / "drafts.jsonl").is_file()  # killed between the merge and the manifest
