@@ -13,13 +13,14 @@ PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 # What pip is asked for first; everything else is built around it. Any other: make install TORCH=torch
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help install demo test bench clean
+.PHONY: help install demo test bench bench-gpu clean
 
 help:
 	@echo 'make install   build the environment in .venv (Python 3.11 or newer)'
 	@echo 'make demo      run EVOLVE on the embedded world and show its turn table'
 	@echo 'make test      lint, types and tests: all that a change must pass'
 	@echo 'make bench     measure speed and memory, rewrite the table of docs/performance.md (BENCH=--quick: a check)'
+	@echo 'make bench-gpu the same for the rows of a CUDA device'
 	@echo 'make clean     remove .venv and caches; runs/ stays'
 	@echo
 	@echo 'PYTHON=python3.12   another interpreter      TORCH=torch   another build of torch'
@@ -53,6 +54,17 @@ bench: install
 	$(BIN)/python benchmarks/chain.py $(BENCH) $(if $(VLLM),--vllm-python $(VLLM)) $(if $(LLAMA),--llama-cpp-python $(LLAMA))
 	$(BIN)/python benchmarks/scale.py $(BENCH)
 	$(BIN)/python benchmarks/stages.py $(BENCH)
+	$(BIN)/python benchmarks/table.py
+
+# In the order in which they are worth most, should the time run out: each writes what it has as it goes.
+bench-gpu: install
+	$(BIN)/python benchmarks/tree_step.py --device cuda --out benchmarks/results/tree_step-gpu.json $(BENCH)
+	$(BIN)/python benchmarks/chain.py --device cuda --out benchmarks/results/chain-gpu.json $(BENCH)
+	$(BIN)/python benchmarks/roofline.py --device cuda --out benchmarks/results/roofline-gpu.json $(BENCH)
+	$(BIN)/python benchmarks/speculation.py --device cuda --chains 1 2 4 8 --slots 64 256 --repeats 3 \
+		--out benchmarks/results/speculation-gpu.json
+	$(BIN)/python benchmarks/scale.py --device cuda --out benchmarks/results/scale-gpu.json \
+		--curve benchmarks/results/scale-gpu.svg $(BENCH)
 	$(BIN)/python benchmarks/table.py
 
 clean:

@@ -120,7 +120,7 @@ class Arm:
             counts["attention_pairs"] += int((packed.tree.positions_T + 1).sum())
             packed = rows.to_device(packed, self.device)
             loss = evolve.loss(policy.tree_logprobs(self.model, packed.tree), packed.batch, CFG)
-            self.optimizer.backward(loss.total)
+            self.optimizer.backward(loss.total, is_only=len(self.micro_batches) == 1)
             weight += loss.weight
         self.optimizer.step(weight, LEARNING_RATE)
         return counts

@@ -22,6 +22,9 @@ from _child import Child
 CURVE = _facts.HERE.parent / "docs" / "scale.svg"
 LIMIT = ">= 0.98"
 FLAT = "<= 1.1"
+LASTING = 4
+"""Micro-batches of a step that has come to its full size: from the second on gradients are summed in fp32, and the last
+one need not be full."""
 
 
 def main() -> None:
@@ -31,7 +34,7 @@ def main() -> None:
     chains = generation(args)
     time_fit = line([(p["logical_tokens"], p[args.clock]) for p in steps])
     drafts_fit = line([(p["drafts"], p[args.clock]) for p in chains])
-    full = [p for p in steps if p["micro_batches"] > 1]  # a step that fills no micro-batch is smaller than the budget
+    full = [p for p in steps if p["micro_batches"] >= LASTING]
     peaks = [p["peak_mib"] for p in full or steps]
     device = _child.DEVICES[args.device]
     rows = [

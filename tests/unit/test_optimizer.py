@@ -36,7 +36,8 @@ def take_steps(
         for batch in range(batches):
             x = torch.randn(5, 70, generator=torch.Generator().manual_seed(10 * step + batch))
             part = model[:1] if step == 1 else model  # type: ignore[index]
-            optimizer.backward(part(x.to(next(model.parameters()).dtype)).float().square().sum())
+            loss = part(x.to(next(model.parameters()).dtype)).float().square().sum()
+            optimizer.backward(loss, is_only=batches == 1)
         norms.append(float(optimizer.step(3.0, 1e-2)))
     return norms
 
@@ -131,7 +132,7 @@ def test_tied_weights_get_both_their_gradients(tiny_model: Path, batches: int):
     optimizer = MasterAdamW(loaded.model, CFG)
     (expected,) = torch.autograd.grad(policy.tree_logprobs(loaded.model, tree).sum(), [weight])
     for _ in range(batches):
-        optimizer.backward(policy.tree_logprobs(loaded.model, tree).sum())
+        optimizer.backward(policy.tree_logprobs(loaded.model, tree).sum(), is_only=batches == 1)
     found = optimizer.grads[next(place for place, own in enumerate(optimizer.weights) if own is weight)]
     torch.testing.assert_close(found, batches * expected)
 
@@ -159,3 +160,14 @@ def test_small_updates_are_not_lost():
         optimizer.backward(model(torch.ones(1, 8, dtype=torch.bfloat16)).sum())
         optimizer.step(1.0, 1e-4)  # a fortieth of what bf16 can tell from 1
     torch.testing.assert_close(model.weight.float(), torch.full((8, 8), 1 - 50e-4), rtol=0, atol=2**-8)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("is_only", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_first_of_several_gradients_is_in_its_sum_at_once(is_only: bool, dtype: torch.dtype):
+    model = net(torch.bfloat16)
+    optimizer = MasterAdamW(model, CFG)
+    optimizer.backward(model(torch.ones(1, 70, dtype=torch.bfloat16)).sum(), is_only=is_only)
+    assert {grad.dtype for grad in optimizer.grads.values()} == {dtype}
+    wanted = torch.autograd.grad(model(torch.ones(1, 70, dtype=torch.bfloat16)).sum(), [*model.parameters()])
+    assert all(torch.equal(optimizer.grads[place], grad.to(dtype)) for place, grad in enumerate(wanted))

@@ -29,8 +29,9 @@ moments so). The second one moves by a thousandth, which bf16 would never keep."
 class MasterAdamW:
     """Owns the fp32 copies, collects gradients, and writes updates back to the model.
 
-    The gradient of one backward pass is in the type of its weight, as everywhere in torch. It is the first part of an
-    fp32 sum as soon as a second pass of the step adds to it.
+    The gradient of a step's only backward pass stays in the type of its weight, as everywhere in torch; those of
+    several passes are summed in fp32. Where kernels sum them the first one goes into its sum at once: put there later,
+    it would leave a hole in memory between the sums, too small for anything that is long alive.
     """
 
     def __init__(self, model: nn.Module, cfg: plan.Config) -> None:
@@ -44,12 +45,14 @@ class MasterAdamW:
         self.num_updates = 0
         self.grads: dict[int, Tensor] = {}
         """By place: the gradient of this step, or the fp32 sum of several."""
+        self._is_only = False
         self._earlier: set[int] = set()
         """Places whose gradient began before the backward pass that runs."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Back-propagate; each gradient joins those before it as soon as it is there."""
-        self._earlier = set(self.grads)
+    def backward(self, loss: Tensor, *, is_only: bool = False) -> None:
+        """Back-propagate; each gradient joins those before it as soon as it is there. `is_only`: the step has no other
+        pass."""
+        self._is_only, self._earlier = is_only, set(self.grads)
         hooks = [w.register_post_accumulate_grad_hook(partial(self._take, i)) for i, w in enumerate(self.weights)]
         try:
             with grad_sums.into({weight: partial(self._add, place) for place, weight in enumerate(self.weights)}):
@@ -62,7 +65,7 @@ class MasterAdamW:
         """Take over a whole gradient, or add it to those before it."""
         grad, weight.grad = weight.grad, None
         assert grad is not None
-        if place not in self.grads and grad.is_contiguous():
+        if place not in self.grads and grad.is_contiguous() and not self._sums_at_once(place):
             self.grads[place] = grad.detach()
         else:
             self._add(place, [grad])
@@ -72,20 +75,24 @@ class MasterAdamW:
         native, total = self.masters[place].native, self.grads.get(place)
         is_first = total is None
         if total is None:
-            total = torch.empty_like(self.weights[place]).detach()
+            kind = torch.float32 if self._sums_at_once(place) else None
+            total = torch.empty_like(self.weights[place], dtype=kind).detach()
         elif place in self._earlier:
             total = total.float()
         first = 0
         for grad in parts:
             here = total[first : first + len(grad)] if total.dim() else total
             first += len(grad) if total.dim() else 0
-            if is_first:
+            if native and grad.is_contiguous() and total.dtype == torch.float32:
+                back.add_gradient(grad, here, is_first=is_first)
+            elif is_first:
                 here.copy_(grad)
-            elif native and grad.is_contiguous() and total.dtype == torch.float32:
-                back.add_gradient(grad, here, is_first=False)
             else:
                 here.add_(grad)
         self.grads[place] = total
+
+    def _sums_at_once(self, place: int) -> bool:
+        return self.masters[place].native and not self._is_only
 
     def step(self, weight: float, learning_rate: float) -> Tensor:
         """Divide by the weight of the whole step, clip, update; returns the gradient norm before clipping."""

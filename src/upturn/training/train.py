@@ -181,7 +181,7 @@ class _Trainer:
             if number == 0:
                 self._assert_still(logprobs_N.detach(), packed.batch)
             loss: Loss = self.job.objective.loss(logprobs_N, packed.batch, self.job.objective_cfg)
-            self.optimizer.backward(loss.total)
+            self.optimizer.backward(loss.total, is_only=len(step.micro_batches) == 1)
             losses.append(loss.detached())
             weight += loss.weight
             tree_tokens += len(packed.tree.ids_T)
