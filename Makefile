@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
 	if $$name -c '$(NEW_ENOUGH)' 2>/dev/null; then echo $$name; break; fi; done)
+GPU ?= gpu
 # What pip is asked for first; everything else is built around it. Any other: make install TORCH=torch
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
@@ -24,6 +25,7 @@ help:
 	@echo 'make clean     remove .venv and caches; runs/ stays'
 	@echo
 	@echo 'PYTHON=python3.12   another interpreter      TORCH=torch   another build of torch'
+	@echo 'GPU=h200                another name for the results of make bench-gpu'
 	@echo 'VLLM=, LLAMA=       interpreters that have vllm and llama_cpp, for make bench'
 
 install: $(VENV)/.installed
@@ -56,15 +58,15 @@ bench: install
 	$(BIN)/python benchmarks/stages.py $(BENCH)
 	$(BIN)/python benchmarks/table.py
 
-# In the order in which they are worth most, should the time run out: each writes what it has as it goes.
+# In the order in which they are worth most, should the time run out. GPU names the files of the results.
 bench-gpu: install
-	$(BIN)/python benchmarks/tree_step.py --device cuda --out benchmarks/results/tree_step-gpu.json $(BENCH)
-	$(BIN)/python benchmarks/chain.py --device cuda --out benchmarks/results/chain-gpu.json $(BENCH)
-	$(BIN)/python benchmarks/roofline.py --device cuda --out benchmarks/results/roofline-gpu.json $(BENCH)
-	$(BIN)/python benchmarks/speculation.py --device cuda --chains 1 2 4 8 --slots 64 256 --repeats 3 \
-		--out benchmarks/results/speculation-gpu.json
-	$(BIN)/python benchmarks/scale.py --device cuda --out benchmarks/results/scale-gpu.json \
-		--curve benchmarks/results/scale-gpu.svg $(BENCH)
+	$(BIN)/python benchmarks/tree_step.py --device cuda --out benchmarks/results/tree_step-$(GPU).json $(BENCH)
+	$(BIN)/python benchmarks/chain.py --device cuda --out benchmarks/results/chain-$(GPU).json $(BENCH)
+	$(BIN)/python benchmarks/roofline.py --device cuda --out benchmarks/results/roofline-$(GPU).json $(BENCH)
+	$(BIN)/python benchmarks/speculation.py --device cuda $(if $(BENCH),--chains 1 --slots 8,--chains 1 2 4 8 --slots 64 256 --repeats 3) \
+		--out benchmarks/results/speculation-$(GPU).json
+	$(BIN)/python benchmarks/scale.py --device cuda --out benchmarks/results/scale-$(GPU).json \
+		--curve benchmarks/results/scale-$(GPU).svg $(BENCH)
 	$(BIN)/python benchmarks/table.py
 
 clean:

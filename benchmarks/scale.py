@@ -23,8 +23,7 @@ CURVE = _facts.HERE.parent / "docs" / "scale.svg"
 LIMIT = ">= 0.98"
 FLAT = "<= 1.1"
 LASTING = 4
-"""Micro-batches of a step that has come to its full size: from the second on gradients are summed in fp32, and the last
-one need not be full."""
+"""Micro-batches of a step that has come to its full size: what they need differs, and the last one need not be full."""
 
 
 def main() -> None:

@@ -58,8 +58,10 @@ def test_a_chain_is_what_it_was(model: Path):
 
 def test_a_terminal_shows_the_same_in_the_end(model: Path, monkeypatch: pytest.MonkeyPatch):
     plain = refine(model)
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
     shown = refine(model)
+    assert shown.stdout.index("\x1b[?25l") < shown.stdout.index("\x1b[?25h")  # the cursor goes and comes back
     assert titles(Text.from_ansi(shown.stdout).plain) == titles(plain.stdout)
 
 

@@ -163,6 +163,30 @@ def test_small_updates_are_not_lost():
 
 
 @needs_kernels
+def test_a_tied_weight_sums_its_parts_in_fp32_where_more_passes_come(tiny_model: Path):
+    loaded = load.load(str(tiny_model), "bfloat16", device="cpu")
+    tree = trees.build([Sample((1, 5, 9), (3, 4)), Sample((1, 5, 9), (6,))])
+    weight = loaded.model.get_input_embeddings().weight  # type: ignore[operator]
+    for is_only, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        optimizer = MasterAdamW(loaded.model, CFG)
+        optimizer.backward(policy.tree_logprobs(loaded.model, tree).sum(), is_only=is_only)
+        found = optimizer.grads[next(place for place, own in enumerate(optimizer.weights) if own is weight)]
+        assert found.dtype == dtype
+        assert is_only or not torch.equal(found, found.bfloat16().float())  # what bf16 would have lost is there
+
+
+@needs_kernels
+def test_a_weight_may_join_in_the_second_pass():
+    model = net(torch.bfloat16)
+    optimizer, x = MasterAdamW(model, CFG), torch.ones(1, 70, dtype=torch.bfloat16)
+    optimizer.backward(model[0](x).sum())
+    optimizer.backward(model(x).sum())
+    (wanted,) = torch.autograd.grad(model(x).sum(), [model[1].weight])
+    late = next(place for place, own in enumerate(optimizer.weights) if own is model[1].weight)
+    assert torch.equal(optimizer.grads[late], wanted.float())
+
+
+@needs_kernels
 @pytest.mark.parametrize(("is_only", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_the_first_of_several_gradients_is_in_its_sum_at_once(is_only: bool, dtype: torch.dtype):
     model = net(torch.bfloat16)

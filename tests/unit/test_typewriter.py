@@ -4,34 +4,52 @@ from __future__ import annotations
 
 import io
 import time
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from upturn.cli.typewriter import FRAMES, typewriter
+from upturn.cli.typewriter import typewriter
 
 TALE = "Once upon a time there was a dog that sat in the moonlight by the river."
+PATIENCE = 20.0
+TERMINAL = {"force_terminal": True, "force_interactive": True, "_environ": {"TERM": "xterm"}}
 
 
-def told(text: str, **how: object) -> str:
+def console(file: io.StringIO, **how: Any) -> Console:
+    return Console(file=file, width=16, height=5, **how)
+
+
+def appears(file: io.StringIO, text: str) -> bool:
+    """Whether it is drawn before long."""
+    until = time.monotonic() + PATIENCE
+    while text not in file.getvalue() and time.monotonic() < until:
+        time.sleep(0.01)
+    return text in file.getvalue()
+
+
+def test_a_text_is_drawn_while_it_grows_and_goes():
     file = io.StringIO()
-    console = Console(file=file, width=16, height=5, **how)  # type: ignore[arg-type]
-    with typewriter(console) as types:
-        types(lambda: text)
-        time.sleep(3 / FRAMES)
-    return file.getvalue()
-
-
-def test_the_end_of_a_long_text_is_shown_and_goes():
-    shown = told(TALE, force_terminal=True)
-    assert "river." in shown and "Once" not in shown
-    assert shown.endswith("\x1b[2K")  # the last thing written clears a line
+    with typewriter(console(file, **TERMINAL)) as types:
+        types(lambda: "loading")
+        assert appears(file, "loading")
+        types(lambda: TALE)
+        assert appears(file, "river.")  # the end; there is no room for the rest
+    assert "Once" not in file.getvalue()
+    assert file.getvalue().endswith("\x1b[2K")  # the last thing written clears a line
 
 
 def test_half_a_character_is_not_shown():
-    assert "\N{REPLACEMENT CHARACTER}" not in told("moon \N{REPLACEMENT CHARACTER}", force_terminal=True)
+    file = io.StringIO()
+    with typewriter(console(file, **TERMINAL)) as types:
+        types(lambda: "moon \N{REPLACEMENT CHARACTER}")
+        assert appears(file, "moon")
+    assert "\N{REPLACEMENT CHARACTER}" not in file.getvalue()
 
 
-@pytest.mark.parametrize("how", [{"force_terminal": False}, {"force_terminal": True, "quiet": True}])
-def test_nothing_is_shown_where_nobody_looks(how: dict[str, bool]):
-    assert told(TALE, **how) == ""
+@pytest.mark.parametrize("how", [{"force_terminal": False}, TERMINAL | {"quiet": True}])
+def test_nothing_is_shown_where_nobody_looks(how: dict[str, Any]):
+    file = io.StringIO()
+    with typewriter(console(file, **how)) as types:
+        types(lambda: TALE)
+    assert file.getvalue() == ""

@@ -21,18 +21,24 @@ Types = Callable[[Callable[[], str]], None]
 def typewriter(console: Console) -> Iterator[Types]:
     """Inside, the end of a growing text is shown, as much as fits; nothing where nobody looks, in a pipe or a file."""
     told: Callable[[], str] = str
+    live = Live(
+        get_renderable=lambda: _end(console, told()), console=console, transient=True, refresh_per_second=FRAMES
+    )
 
     def types(text: Callable[[], str]) -> None:
         nonlocal told
-        told = text
+        told, ends = text, text is str
+        if ends and live.is_started:  # or what is printed next would stand above the old picture for a moment
+            live.refresh()
 
-    if not console.is_terminal or console.quiet:
+    if not console.is_interactive or console.quiet:
         yield types
         return
-    with Live(get_renderable=lambda: _end(console, told()), console=console, transient=True, refresh_per_second=FRAMES):
+    with live:
         yield types
 
 
 def _end(console: Console, text: str) -> Text:
-    lines = Text(text.rstrip("\N{REPLACEMENT CHARACTER}"), style="dim").wrap(console, console.width)
+    text = text.rstrip("\N{REPLACEMENT CHARACTER}")[-console.width * console.height :]
+    lines = Text(text, style="dim").wrap(console, console.width)
     return Text("\n").join(lines[-max(1, console.height - MARGIN) :])

@@ -33,14 +33,14 @@ SHARE_OF_FREE = 3
 
 
 def usual(model: nn.Module, tokens: int) -> int:
-    """How many slots suit the device of a model, where each comes to hold so many tokens. On a CPU they are always the
-    same number: in some types and layouts it moves last bits."""
+    """How many slots suit the device of a model, where each comes to hold so many tokens. Without CUDA they are always
+    the same number: in some types and layouts it moves last bits."""
     like, config = next(model.parameters()), cast(Any, model).config.get_text_config()
     most = USUAL.get(like.device.type, USUAL["cpu"])
-    if like.device.type == "cpu":
+    if like.device.type != "cuda":
         return most
-    heads, width = heads_of(config)
-    one = 2 * config.num_hidden_layers * heads * width * like.element_size() * max(tokens, BEGIN)
+    (heads, width), tokens = heads_of(config), min(max(tokens, BEGIN), config.max_position_embeddings)
+    one = 2 * config.num_hidden_layers * heads * width * like.element_size() * tokens
     return max(1, min(most, free_on(like.device) // SHARE_OF_FREE // one))
 
 

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from upturn.errors import ModelError
+
 ANSWER_SHARE = 0.6
 """Length of a usual answer as a share of the longest allowed."""
 PROMPT_TOKENS = 64
@@ -45,12 +47,12 @@ def training_tokens(pairs: int, rows: int, max_new_tokens: int, epochs: float) -
     return round(epochs * pairs * (PROMPT_TOKENS + rows * answer))
 
 
-def measure(folder: Path, dtype: str) -> Speed:
-    """Parameters as the files of the weights tell them, and the machine's best rate at one matrix product."""
+def measure(folder: Path, dtype: str, device: str = "auto") -> Speed:
+    """Parameters as the files of the weights tell them, and the device's best rate at one matrix product."""
     import torch
 
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() and device.startswith(("auto", "cuda")) else "cpu"
     rows, width = PRODUCT[device]
     left, right = (torch.ones(size, width, dtype=kind, device=device) for size in (rows, width))
     took: list[float] = []
@@ -62,12 +64,15 @@ def measure(folder: Path, dtype: str) -> Speed:
 
 
 def parameters(folder: Path) -> int:
-    """Numbers in the weights of a folder; only the heads of its files are read."""
-    from safetensors import safe_open
+    """Numbers in the weights of a folder; only the heads of its files are read. ModelError where one is none."""
+    from safetensors import SafetensorError, safe_open
 
     count = 0
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            names = file.keys()
-            count += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+        try:
+            with safe_open(path, "pt") as file:
+                names = file.keys()
+                count += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+        except SafetensorError as error:
+            raise ModelError(f"weights {path}", f"They cannot be read: {error}.", "Fetch the file again.") from error
     return count

@@ -191,7 +191,7 @@ def plan(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     run_name, recipe, cfg = config.load(name, overrides)
     bench, store = _planned(run_name, recipe, cfg)
     resolved = {"recipe": _name(recipe)} | cfg.model_dump(mode="json")
-    speed = estimate.measure(Path(bench.load(cfg.model).folder), cfg.options.dtype)
+    speed = estimate.measure(Path(bench.load(cfg.model).folder), cfg.options.dtype, cfg.options.device)
     steps = [
         {"name": s["name"], "key": s["key"], "done": s["done"], "tokens": s["guess"].get("tokens", 0)}
         | {"seconds": round(speed.seconds(s["step"], s["guess"].get("tokens", 0)), 1)}

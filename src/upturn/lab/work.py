@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from torch import nn
 
 from upturn import trees
 from upturn.config import Plugin
@@ -27,6 +28,8 @@ from upturn.tracking import events, progress
 from upturn.training import train as training
 from upturn.types import Attempt, Draft, Example, Prompt, Requests, Sample, draft_from_json, to_json
 
+SIZES = "sizes.json"
+"""Slots and prompts of a chunk, until the chunks are merged."""
 FAILURES = "failures.json"
 """Prompt id -> reason, for prompts that an endpoint did not answer."""
 WAVES = {"cpu": 2, "cuda": 4}
@@ -90,10 +93,23 @@ def generate(
     talk = chat.load(loaded.tokenizer, loaded.end_ids, s.requests, s.options.layout)
     if talk.notice:
         progress.say(f"{s.label}: {talk.notice}")
-    kind = next(loaded.model.parameters()).device.type
-    slots = s.options.slots or _slots.usual(loaded.model, _longest(talk, prompts, how))
+    slots, chunk = _sizes(loaded.model, talk, prompts, how, s)
     engine = local.Local(loaded.model, talk, how, seed=s.seed, slots=slots)
-    return _in_chunks(engine, prompts, rule, s, s.options.chunk_prompts or WAVES[kind] * slots)
+    return _in_chunks(engine, prompts, rule, s, chunk)
+
+
+def _sizes(
+    model: nn.Module, talk: chat.Chat, prompts: Sequence[Prompt], how: sampling.Config, s: Settings
+) -> tuple[int, int]:
+    """Slots, and prompts of a chunk. What suited the device holds until the step is done: a chunk is but a number."""
+    path = s.folder / SIZES
+    if not path.is_file():
+        kind = next(model.parameters()).device.type
+        slots = s.options.slots or _slots.usual(model, _longest(talk, prompts, how) if kind == "cuda" else 0)
+        chunk = s.options.chunk_prompts or slots * WAVES.get(kind, WAVES["cpu"])
+        write_text(path, json.dumps({"slots": slots, "chunk_prompts": chunk}))
+    sizes = json.loads(path.read_text())
+    return sizes["slots"], sizes["chunk_prompts"]
 
 
 def _longest(talk: chat.Chat, prompts: Sequence[Prompt], how: sampling.Config) -> int:
@@ -179,8 +195,8 @@ def _merge(folder: Path) -> dict[str, int]:
     whole, parts = folder / "drafts.jsonl", sorted(folder.glob("chunk-*.jsonl"))
     if not whole.is_file():
         write_text(whole, "".join(part.read_text() for part in parts))
-    for part in parts:
-        part.unlink()
+    for part in (*parts, folder / SIZES):
+        part.unlink(missing_ok=True)
     counts = {"drafts": 0, "tokens": 0, "prompt_tokens": 0, "cached_tokens": 0}
     for line in whole.read_text().splitlines():
         for draft in json.loads(line)["drafts"]:

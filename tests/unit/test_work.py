@@ -1,0 +1,44 @@
+"""Heavy steps, piece by piece."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from upturn.engines import _slots, sampling
+from upturn.lab import work
+from upturn.models import chat, load
+from upturn.types import Prompt, Requests
+
+PROMPTS = [Prompt("p", "1+1")]
+
+
+def sizes(model: Path, folder: Path, **options: int | None) -> tuple[int, int]:
+    loaded = load.load(str(model), "float32", device="cpu")
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests("again"))
+    chosen: Any = SimpleNamespace(**{"slots": None, "chunk_prompts": None} | options)
+    settings = work.Settings("step", folder, Requests("again"), chosen, seed=0)
+    return work._sizes(loaded.model, talk, PROMPTS, sampling.Config(max_new_tokens=8), settings)
+
+
+def test_a_step_that_goes_on_keeps_its_chunks(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    slots = _slots.USUAL["cpu"]
+    assert sizes(tiny_model, tmp_path) == (slots, work.WAVES["cpu"] * slots)
+    monkeypatch.setitem(_slots.USUAL, "cpu", 7)
+    assert sizes(tiny_model, tmp_path) == (slots, work.WAVES["cpu"] * slots)
+    assert json.loads((tmp_path / work.SIZES).read_text()) == {"slots": slots, "chunk_prompts": 2 * slots}
+
+
+def test_what_is_asked_for_counts(tiny_model: Path, tmp_path: Path):
+    assert sizes(tiny_model, tmp_path, slots=5) == (5, work.WAVES["cpu"] * 5)
+
+
+def test_a_slot_holds_question_draft_request_and_draft(tiny_model: Path):
+    loaded = load.load(str(tiny_model), "float32", device="cpu")
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests("again"))
+    asked = len(talk.context("1+1", ()))
+    assert work._longest(talk, PROMPTS, sampling.Config(max_new_tokens=8)) == asked + 24
