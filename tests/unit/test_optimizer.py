@@ -178,12 +178,13 @@ def test_a_tied_weight_sums_its_parts_in_fp32_where_more_passes_come(tiny_model:
 @needs_kernels
 def test_a_weight_may_join_in_the_second_pass():
     model = net(torch.bfloat16)
+    first, late = model.children()
     optimizer, x = MasterAdamW(model, CFG), torch.ones(1, 70, dtype=torch.bfloat16)
-    optimizer.backward(model[0](x).sum())
+    optimizer.backward(first(x).sum())
     optimizer.backward(model(x).sum())
-    (wanted,) = torch.autograd.grad(model(x).sum(), [model[1].weight])
-    late = next(place for place, own in enumerate(optimizer.weights) if own is model[1].weight)
-    assert torch.equal(optimizer.grads[late], wanted.float())
+    (wanted,) = torch.autograd.grad(model(x).sum(), [*late.parameters()])
+    place = next(place for place, own in enumerate(optimizer.weights) if own is late.weight)
+    assert torch.equal(optimizer.grads[place], wanted.float())
 
 
 @needs_kernels
