@@ -22,7 +22,7 @@ def sizes(model: Path, folder: Path, **options: int | None) -> tuple[int, int]:
     talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests("again"))
     chosen: Any = SimpleNamespace(**{"slots": None, "chunk_prompts": None} | options)
     settings = work.Settings("step", folder, Requests("again"), chosen, seed=0)
-    return work._sizes(loaded.model, talk, PROMPTS, sampling.Config(max_new_tokens=8), settings)
+    return work._sizes(loaded, talk, PROMPTS, sampling.Config(max_new_tokens=8), settings)
 
 
 def test_a_step_that_goes_on_keeps_its_chunks(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from torch import nn
 
 from upturn import trees
 from upturn.config import Plugin
@@ -93,19 +92,19 @@ def generate(
     talk = chat.load(loaded.tokenizer, loaded.end_ids, s.requests, s.options.layout)
     if talk.notice:
         progress.say(f"{s.label}: {talk.notice}")
-    slots, chunk = _sizes(loaded.model, talk, prompts, how, s)
+    slots, chunk = _sizes(loaded, talk, prompts, how, s)
     engine = local.Local(loaded.model, talk, how, seed=s.seed, slots=slots)
     return _in_chunks(engine, prompts, rule, s, chunk)
 
 
 def _sizes(
-    model: nn.Module, talk: chat.Chat, prompts: Sequence[Prompt], how: sampling.Config, s: Settings
+    loaded: load.Loaded, talk: chat.Chat, prompts: Sequence[Prompt], how: sampling.Config, s: Settings
 ) -> tuple[int, int]:
     """Slots, and prompts of a chunk. What suited the device holds until the step is done: a chunk is but a number."""
     path = s.folder / SIZES
     if not path.is_file():
-        kind = next(model.parameters()).device.type
-        slots = s.options.slots or _slots.usual(model, _longest(talk, prompts, how) if kind == "cuda" else 0)
+        kind = next(loaded.model.parameters()).device.type
+        slots = s.options.slots or _slots.usual(loaded.model, _longest(talk, prompts, how) if kind == "cuda" else 0)
         chunk = s.options.chunk_prompts or slots * WAVES.get(kind, WAVES["cpu"])
         write_text(path, json.dumps({"slots": slots, "chunk_prompts": chunk}))
     sizes = json.loads(path.read_text())
