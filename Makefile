@@ -54,6 +54,7 @@ bench: install
 	$(BIN)/python benchmarks/roofline.py $(BENCH)
 	$(BIN)/python benchmarks/tree_step.py $(BENCH)
 	$(BIN)/python benchmarks/chain.py $(BENCH) $(if $(VLLM),--vllm-python $(VLLM)) $(if $(LLAMA),--llama-cpp-python $(LLAMA))
+	$(BIN)/python benchmarks/speculation.py $(BENCH)
 	$(BIN)/python benchmarks/scale.py $(BENCH)
 	$(BIN)/python benchmarks/stages.py $(BENCH)
 	$(BIN)/python benchmarks/table.py
@@ -63,8 +64,8 @@ bench-gpu: install
 	$(BIN)/python benchmarks/tree_step.py --device cuda --out benchmarks/results/tree_step-$(GPU).json $(BENCH)
 	$(BIN)/python benchmarks/chain.py --device cuda --out benchmarks/results/chain-$(GPU).json $(BENCH)
 	$(BIN)/python benchmarks/roofline.py --device cuda --out benchmarks/results/roofline-$(GPU).json $(BENCH)
-	$(BIN)/python benchmarks/speculation.py --device cuda $(if $(BENCH),--chains 1 --slots 8,--chains 1 2 4 8 --slots 64 256 --repeats 3) \
-		--out benchmarks/results/speculation-$(GPU).json
+	$(BIN)/python benchmarks/speculation.py --device cuda --out benchmarks/results/speculation-$(GPU).json \
+		--chains 1 2 4 8 --slots 64 256 --repeats 3 $(BENCH)
 	$(BIN)/python benchmarks/scale.py --device cuda --out benchmarks/results/scale-$(GPU).json \
 		--curve benchmarks/results/scale-$(GPU).svg $(BENCH)
 	$(BIN)/python benchmarks/table.py

@@ -242,8 +242,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7])
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="small sizes, one repeat: a check, not a measurement")
     parser.add_argument("--out", type=Path, default=_rows.RESULTS / "speculation.json")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.quick:
+        args.chains, args.slots, args.repeats = [1], [8], 1
+    return args
 
 
 if __name__ == "__main__":

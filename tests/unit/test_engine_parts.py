@@ -82,16 +82,18 @@ def test_a_step_moved_on_is_the_next_one(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_gpu_has_as_many_slots_as_there_is_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load.load(str(tiny.save(tmp_path / "model")), "float32", device="cpu").model
-    assert _slots.usual(model, 10**9) == _slots.USUAL["cpu"]
+    assert _slots.usual(model, lambda: 10**9) == _slots.USUAL["cpu"]
     config: Any = model.config
     cache = Slots(config, 7, torch.empty((), device="meta"), 256)  # a third of the room is what 7 slots take
     like = SimpleNamespace(device=torch.device("cuda"), element_size=lambda: 4)
     away: Any = SimpleNamespace(parameters=lambda: iter([like]), config=config)
     monkeypatch.setattr(_slots, "free_on", lambda device: 3 * (cache.keys.nbytes + cache.values.nbytes))
     config.max_position_embeddings = 512
-    assert _slots.usual(away, 256) == 7
-    assert _slots.usual(away, 512) == _slots.usual(away, 10**9) == 3  # no slot holds more than the model can read
+    assert _slots.usual(away, lambda: 256) == 7
+    assert (
+        _slots.usual(away, lambda: 512) == _slots.usual(away, lambda: 10**9) == 3
+    )  # no slot holds more than the model can read
     monkeypatch.setattr(_slots, "free_on", lambda device: 0)
-    assert _slots.usual(away, 256) == 1
+    assert _slots.usual(away, lambda: 256) == 1
     monkeypatch.setattr(_slots, "free_on", lambda device: 2**50)
-    assert _slots.usual(away, 256) == _slots.USUAL["cuda"]
+    assert _slots.usual(away, lambda: 256) == _slots.USUAL["cuda"]

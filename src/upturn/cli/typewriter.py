@@ -13,28 +13,27 @@ FRAMES = 10
 """Pictures per second."""
 MARGIN = 2
 """Lines of the terminal that stay free."""
-Types = Callable[[Callable[[], str]], None]
-"""Takes what tells the text as far as it has come: it is asked for each picture, in a thread of its own."""
+Types = Callable[[Callable[[], str] | None], None]
+"""Takes what tells the text as far as it has come, asked for each picture in a thread of its own; None clears."""
 
 
 @contextmanager
 def typewriter(console: Console) -> Iterator[Types]:
     """Inside, the end of a growing text is shown, as much as fits; nothing where nobody looks, in a pipe or a file."""
+    if not console.is_interactive or console.quiet:
+        yield lambda text: None
+        return
     told: Callable[[], str] = str
-    live = Live(
-        get_renderable=lambda: _end(console, told()), console=console, transient=True, refresh_per_second=FRAMES
-    )
 
-    def types(text: Callable[[], str]) -> None:
+    def types(text: Callable[[], str] | None) -> None:
         nonlocal told
-        told, ends = text, text is str
-        if ends and live.is_started:  # or what is printed next would stand above the old picture for a moment
+        told = text or str
+        if text is None:  # or what is printed next would stand above the old picture for a moment
             live.refresh()
 
-    if not console.is_interactive or console.quiet:
-        yield types
-        return
-    with live:
+    with Live(
+        get_renderable=lambda: _end(console, told()), console=console, transient=True, refresh_per_second=FRAMES
+    ) as live:
         yield types
 
 

@@ -133,8 +133,9 @@ def _refine(question: str, model: str, how: Asked, console: Console, types: Type
     seen: dict[int, Draft] = {}
 
     def on_draft(draft: Draft) -> None:
-        types(str)
-        _show(console, draft, seen)
+        types(None)
+        if not console.quiet:
+            _show(console, draft, seen)
         seen[draft.index] = draft
 
     engine = local.Local(loaded.model, talk, lengths, seed=how.seed, slots=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -32,14 +32,14 @@ SHARE_OF_FREE = 3
 """On a GPU they may come to take one part in so many of its free memory: it is copied when it grows."""
 
 
-def usual(model: nn.Module, tokens: int) -> int:
-    """How many slots suit the device of a model, where each comes to hold so many tokens. Without CUDA they are always
-    the same number: in some types and layouts it moves last bits."""
+def usual(model: nn.Module, longest: Callable[[], int]) -> int:
+    """How many slots suit the device of a model; `longest` tells how many tokens each comes to hold. Without CUDA they
+    are always the same number: in some types and layouts it moves last bits."""
     like, config = next(model.parameters()), cast(Any, model).config.get_text_config()
     most = USUAL.get(like.device.type, USUAL["cpu"])
     if like.device.type != "cuda":
         return most
-    (heads, width), tokens = heads_of(config), min(max(tokens, BEGIN), config.max_position_embeddings)
+    (heads, width), tokens = heads_of(config), min(max(longest(), BEGIN), config.max_position_embeddings)
     one = 2 * config.num_hidden_layers * heads * width * like.element_size() * tokens
     return max(1, min(most, free_on(like.device) // SHARE_OF_FREE // one))
 

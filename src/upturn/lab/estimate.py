@@ -32,7 +32,7 @@ class Speed:
     parameters: int
     flops: float
     """Of a matrix product, per second."""
-    device: str = "cpu"
+    device: str
 
     def seconds(self, step: str, tokens: int) -> float:
         """Expected seconds of a step; 0 for the light ones."""
@@ -51,8 +51,10 @@ def measure(folder: Path, dtype: str, device: str = "auto") -> Speed:
     """Parameters as the files of the weights tell them, and the device's best rate at one matrix product."""
     import torch
 
+    from upturn.models import load
+
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
-    device = "cuda" if torch.cuda.is_available() and device.startswith(("auto", "cuda")) else "cpu"
+    device = "cuda" if torch.cuda.is_available() and load.place_of(device).startswith("cuda") else "cpu"
     rows, width = PRODUCT[device]
     left, right = (torch.ones(size, width, dtype=kind, device=device) for size in (rows, width))
     took: list[float] = []

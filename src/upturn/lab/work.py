@@ -104,7 +104,7 @@ def _sizes(
     path = s.folder / SIZES
     if not path.is_file():
         kind = next(loaded.model.parameters()).device.type
-        slots = s.options.slots or _slots.usual(loaded.model, _longest(talk, prompts, how) if kind == "cuda" else 0)
+        slots = s.options.slots or _slots.usual(loaded.model, partial(_longest, talk, prompts, how))
         chunk = s.options.chunk_prompts or slots * WAVES.get(kind, WAVES["cpu"])
         write_text(path, json.dumps({"slots": slots, "chunk_prompts": chunk}))
     sizes = json.loads(path.read_text())

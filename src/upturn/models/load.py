@@ -105,12 +105,17 @@ def load(name: str, dtype: Dtype = "auto", *, trust_remote_code: bool = False, d
         raise ModelError(f"model {name}", _first_line(error), "Check the folder, or load another model.") from error
     ends = model.generation_config.eos_token_id if model.generation_config else None
     end_ids = tuple(ends) if isinstance(ends, (list, tuple)) else (() if ends is None else (ends,))
-    place = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    place = place_of(device)
     try:
         nn.Module.to(model, place)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {place}", _first_line(error), "Use another device, or device=auto.") from error
     return Loaded(model.eval(), tokenizer, name, end_ids)
+
+
+def place_of(device: str) -> str:
+    """The device that `options.device` names: for `auto` a CUDA device where there is one."""
+    return device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def save(loaded: Loaded, folder: Path, card: str) -> None:
