@@ -10,12 +10,17 @@ Import it only where `on_gpu` of the package says so: a build of torch for CPUs 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+jit: Any = triton.jit
+"""Triton's own types are those of numbers in a program; it is launched with numbers of ours. So with the next two."""
+cdiv: Any = triton.cdiv
+next_power_of_2: Any = triton.next_power_of_2
 KEYS, LEAST_KEYS = 64, 16
 """Keys that a program of `attend` takes at once, and the fewest that a matrix product takes."""
 KEYS_BYTES = 16 * 2**10
@@ -30,7 +35,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, more: Tensor | None = None) -> t
     """`x [T, d]`, plus `more` where given, and its RMS norm times the weight."""
     out, width = torch.empty_like(x), x.shape[1]
     total = x if more is None else torch.empty_like(x)
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     _norm[(len(x),)](x, x if more is None else more, weight, total, out, width, eps, ADD=more is not None, BLOCK=block)
     return total, out
 
@@ -39,7 +44,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """`[T, 2 f] -> [T, f]`: SiLU of the first half times the second."""
     size, width = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(size, width)
-    _silu_mul[(size, triton.cdiv(width, INNER))](gate_up, out, width, BLOCK=INNER)
+    _silu_mul[(size, cdiv(width, INNER))](gate_up, out, width, BLOCK=INNER)
     return out
 
 
@@ -84,13 +89,13 @@ def turn_and_keep(
         width,
         HAS_Q_NORM=turn.q_norm is not None,
         HAS_K_NORM=turn.k_norm is not None,
-        HALF=triton.next_power_of_2(width // 2),
+        HALF=next_power_of_2(width // 2),
     )
 
 
 def tile_tokens(heads: int, kv_heads: int) -> int:
     """Tokens of one slot that a program of `attend` takes at once."""
-    return max(4, ROWS // triton.next_power_of_2(heads // kv_heads))
+    return max(4, ROWS // next_power_of_2(heads // kv_heads))
 
 
 def keys_at_once(width: int, bytes_each: int) -> int:
@@ -113,7 +118,7 @@ def attend(q: Tensor, tiles: Tensor, cache: tuple[Tensor, Tensor], how: tuple[fl
     kv_heads, length, width = keys.shape[1:]
     groups, tokens = q.shape[1] // kv_heads, tile_tokens(q.shape[1], kv_heads)
     assert q.stride(2) == 1 and q.stride(1) == width and out.is_contiguous()
-    wide = max(16, triton.next_power_of_2(width))
+    wide = max(16, next_power_of_2(width))
     _attend[(tiles.shape[1], kv_heads)](
         q,
         keys,
@@ -130,7 +135,7 @@ def attend(q: Tensor, tiles: Tensor, cache: tuple[Tensor, Tensor], how: tuple[fl
         kv_heads,
         groups,
         width,
-        GROUPS=triton.next_power_of_2(groups),
+        GROUPS=next_power_of_2(groups),
         TOKENS=tokens,
         WIDTH=wide,
         BLOCK=keys_at_once(wide, q.element_size()),
@@ -139,7 +144,7 @@ def attend(q: Tensor, tiles: Tensor, cache: tuple[Tensor, Tensor], how: tuple[fl
     )
 
 
-@triton.jit
+@jit
 def _norm(x, more, weight, total, out, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
     row, place = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     seen = place < width
@@ -155,7 +160,7 @@ def _norm(x, more, weight, total, out, width, eps, ADD: tl.constexpr, BLOCK: tl.
     tl.store(out + row * width + place, (normed * known).to(value.dtype), mask=seen)
 
 
-@triton.jit
+@jit
 def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr):
     row, place = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     seen = place < width
@@ -166,7 +171,7 @@ def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr):
     tl.store(out + row * width + place, (silu * up).to(gate.dtype), mask=seen)
 
 
-@triton.jit
+@jit
 def _turn_and_keep(
     joined, cos, sin, q_norm, k_norm, q_eps, k_eps, slot, place, keys, values,
     heads, kv_heads, length, width,
@@ -210,7 +215,7 @@ def _turn_and_keep(
             tl.store(at + half, high.to(one.dtype), mask=seen)
 
 
-@triton.jit
+@jit
 def _attend(
     q, keys, values, out, tiles, num_tiles, scale, cap, window, q_stride, out_stride,
     length, kv_heads, groups, width,

@@ -7,9 +7,10 @@ Axes: `N` tokens to choose, `V` vocabulary.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from upturn.models.native.gpu import jit
 
 LOGITS = 2048
 """Logits that a program takes at once."""
@@ -36,7 +37,7 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor,
     return chosen, logprobs
 
 
-@triton.jit
+@jit
 def _sample(
     logits, uniform, chosen, logprobs, stride, size, per_degree, GREEDY: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
