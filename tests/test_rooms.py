@@ -49,7 +49,7 @@ LIBRARIES = {
     "torch": "numerics trees objectives models engines training scorers lab tracking",
     "transformers": "models scorers",
     "triton": "models",
-    "safetensors": "training scorers lab",
+    "safetensors": "models training scorers lab",
     "scipy": "evaluation",
     "matplotlib": "report",
     "jinja2": "report",

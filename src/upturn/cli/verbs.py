@@ -124,7 +124,7 @@ def _refine(question: str, model: str, how: Asked, console: Console, types: Type
     folder = load.resolve(model)  # once: it may fetch from the hub, or read a whole GGUF file
     own = card.refining(Path(folder))
     strategy = config.plugin("strategies", _strategy(how.strategy, own.strategy, how.turns))
-    loaded = load.load(folder)
+    loaded = load.load_to_answer(folder)
     requests = Requests(how.request or own.refine, how.critique_request or own.critique)
     talk = chat.load(loaded.tokenizer, loaded.end_ids, requests, own.layout)
     if talk.notice:

@@ -19,13 +19,12 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtri
 
 from upturn._model import Strict
 
 NUM_RESAMPLES = 10_000
-Z = float(ndtri(0.975))
-"""Standard errors to either side of a 95 % interval."""
+Z = 1.959963984540054
+"""Standard errors to either side of a 95 % interval: `scipy.special.ndtri(0.975)`, which takes 0.1 s to import."""
 
 How = Literal["Wilson", "bootstrap over prompts", "bootstrap over seeds and prompts"]
 """How a 95 % interval was made."""

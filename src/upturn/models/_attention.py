@@ -10,7 +10,6 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 NAME = "upturn"
 PLAIN_KEYS = 384
@@ -83,8 +82,9 @@ def use_plans(model: nn.Module) -> None:
     """Switch a `transformers` model to attention by plan, once."""
     known = cast(Any, model)
     if known.config._attn_implementation != NAME:
+        from transformers import AttentionInterface
+
+        # And no mask function: then `transformers` makes no mask, nor looks for several sequences in one row, for
+        # which it would wait for the device in every pass.
+        AttentionInterface.register(NAME, attention)
         known.set_attn_implementation(NAME)
-
-
-AttentionInterface.register(NAME, attention)  # and no mask function: then `transformers` makes no mask, nor looks for
-# several sequences in one row, for which it would wait for the device in every pass

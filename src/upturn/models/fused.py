@@ -40,8 +40,9 @@ def fused(model: nn.Module, held: dict[Any, Any] | None = None) -> Iterator[None
             yield
         return
     _slow.tell(model, (part for part in model.modules() if isinstance(part, nn.Linear) and not ops.usable(part.weight)))
-    layers: list[Any] = [layer for layer in _common.layers_of(model) if has_kernels(layer) and _may_fuse(layer)]
-    with _common.swapped({layer: _Maybe(layer) for layer in layers}), packed.packed(model, besides=layers):
+    common = ((layer, _forward(layer)) for layer in _common.layers_of(model) if has_kernels(layer))
+    forwards = {layer: forward for layer, forward in common if forward}
+    with _common.swapped(forwards), packed.packed(model, besides=forwards.keys()):
         yield
 
 
@@ -49,34 +50,32 @@ class _Maybe:
     """The forward of one layer: plain for a first short context, then fused if that was found to compute the same.
 
     To try it and to join the weights takes longer than the first token, which somebody may be waiting for. With our own
-    product it takes a tenth of a second, and every step is fused: bits never depend on what a step brings along.
+    product it takes a tenth of a second, so those are `fused` from the first step on.
     """
 
     __slots__ = ("_fused", "_is_new", "_layer")
 
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer, self._is_new = layer, True
-        self._fused: _Fused | None = None
+    def __init__(self, layer: nn.Module, fused: _Fused | None = None) -> None:
+        self._layer, self._is_new, self._fused = layer, True, fused
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         is_first, self._is_new = self._is_new, False
         if not _common.is_usual(self._layer, hidden_states, kwargs):
             return _common.plain(self._layer, hidden_states, *args, **kwargs)
-        waits = is_first and hidden_states.shape[1] <= SHORT and not ops.has_product(hidden_states.dtype)
+        waits = is_first and hidden_states.shape[1] <= SHORT
         if self._fused is None and not waits:
-            how = _fusable(self._layer)
-            self._fused = _Fused(self._layer, how) if how else None
+            self._fused = _try(self._layer)
         return (self._fused or partial(_common.plain, self._layer))(hidden_states, *args, **kwargs)
 
 
 class _Fused:
     """A layer over joined weights, which it makes when it is first called."""
 
-    __slots__ = ("_attention", "_how", "_layer", "_products", "_whole")
+    __slots__ = ("_attention", "_layer", "_products", "_whole", "how")
 
     def __init__(self, layer: nn.Module, how: How) -> None:
         self._layer: Any = layer
-        self._how = how
+        self.how = how
         self._attention = self._layer.self_attn
         self._products: _Products | None = None
         self._whole: ops.Layer | None = None
@@ -84,7 +83,7 @@ class _Fused:
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._products is None:
             self._products = self._join()
-            self._whole = _whole(self._layer, self._how, self._products)
+            self._whole = _whole(self._layer, self.how, self._products)
         x, (cos, sin), plan = hidden_states[0], kwargs["position_embeddings"], kwargs["upturn_plan"]
         if self._whole is not None and hasattr(plan, "run") and plan.takes(self._whole, x):
             return plan.run(self._attention.layer_idx, self._whole, x, (cos[0], sin[0]))[None]
@@ -108,7 +107,7 @@ class _Fused:
             own = getattr(attention, norm, None)
             ops.rope_(part, cos, sin, own and own.weight, own.variance_epsilon if own else 0.0)
         q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-        attended = plan.attend(attention.layer_idx, q, k, v, self._how)
+        attended = plan.attend(attention.layer_idx, q, k, v, self.how)
         x, h = ops.norm(x, after.weight, after.variance_epsilon, out(attended.view(len(x), -1)))
         return x + narrow(widen(h))
 
@@ -149,30 +148,36 @@ def has_kernels(layer: nn.Module) -> bool:
     return _common.is_common(layer) and ops.usable(next(layer.parameters()))
 
 
-def _may_fuse(layer: nn.Module) -> bool:
-    """Whether a common layer is fusable, as far as that is known. With our own product it is tried at once: a layer
-    must not compute in one way in the first run of a process and in another one in the next."""
-    if ops.has_product(next(layer.parameters()).dtype):
-        return _fusable(layer) is not None
-    return _SEEN.get(layer, True) is not None
+def _forward(layer: nn.Module) -> _Maybe | None:
+    """That of a common layer, None where it is known to be its own. With our own product it is tried at once, and every
+    step is fused: bits never depend on what a step brings along, nor on whether it is the first of the process."""
+    if not ops.has_product(next(layer.parameters()).dtype):
+        return _Maybe(layer) if _SEEN.get(layer, True) else None
+    fused = _try(layer)
+    return _Maybe(layer, fused) if fused else None
 
 
-def _fusable(layer: nn.Module) -> How | None:
-    """How a common layer attends, if it was found to compute the same."""
-    if layer not in _SEEN:
-        _SEEN[layer] = _computes_the_same(layer)
-    return _SEEN[layer]
+def _try(layer: nn.Module) -> _Fused | None:
+    """The layer over joined weights, if it was found to compute the same."""
+    if layer in _SEEN:
+        how = _SEEN[layer]
+        return _Fused(layer, how) if how else None
+    fused = _same(layer)
+    _SEEN[layer] = fused and fused.how
+    return fused
 
 
 _SEEN: WeakKeyDictionary[nn.Module, How | None] = WeakKeyDictionary()
+"""How a common layer attends, None where fused it computes something else."""
 
 
 @torch.inference_mode()
-def _computes_the_same(layer: nn.Module) -> How | None:
+def _same(layer: nn.Module) -> _Fused | None:
     (x, around), own, ours = _common.probe(layer), _common.Causal(), _common.Causal()
     out = _common.tried(partial(_common.plain, layer, x, **around, upturn_plan=own))
     if out is None or own.how is None:
         return None
-    other = _common.tried(partial(_Fused(layer, own.how), x, **around, upturn_plan=ours))
+    fused = _Fused(layer, own.how)
+    other = _common.tried(partial(fused, x, **around, upturn_plan=ours))
     pairs = [] if other is None else [(out, other), *zip(own.seen, ours.seen, strict=True)]
-    return own.how if pairs and all(_common.close(one, two) for one, two in pairs) else None
+    return fused if pairs and all(_common.close(one, two) for one, two in pairs) else None

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from upturn.errors import ModelError
+from upturn.models import lean
 from upturn.tracking import progress
 
 Dtype = str
@@ -104,13 +106,33 @@ def load(name: str, dtype: Dtype = "auto", *, trust_remote_code: bool = False, d
     except Exception as error:  # the one place where any failure of a foreign folder becomes a message
         raise ModelError(f"model {name}", _first_line(error), "Check the folder, or load another model.") from error
     ends = model.generation_config.eos_token_id if model.generation_config else None
-    end_ids = tuple(ends) if isinstance(ends, (list, tuple)) else (() if ends is None else (ends,))
     place = place_of(device)
     try:
         nn.Module.to(model, place)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {place}", _first_line(error), "Use another device, or device=auto.") from error
-    return Loaded(model.eval(), tokenizer, name, end_ids)
+    return Loaded(model.eval(), tokenizer, name, _ids(ends))
+
+
+def load_to_answer(name: str) -> Loaded:
+    """As `load`, where a model will only answer: on a CPU without the imports that take most of the time, if it can be.
+
+    Such a model (`lean`) learns nothing and is not saved. It computes the same, to the bit.
+    """
+    folder = resolve(name)
+    model = lean.load(Path(folder)) if place_of("auto") == "cpu" else None
+    if model is None:
+        return load(folder)
+    from transformers import AutoTokenizer
+    from transformers.configuration_utils import PreTrainedConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:  # a config of the model's own class would import what its layers are made of
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig.from_pretrained(folder))
+    except Exception:
+        return load(folder)  # which says what is wrong
+    return Loaded(model, tokenizer, name, _ids(lean.ends(Path(folder))))
 
 
 def place_of(device: str) -> str:
@@ -137,6 +159,11 @@ def folder_key(folder: Path) -> str:
         for path in sorted(folder.glob(pattern)):
             digest.update(f"{path.name} {_sha256(path)}".encode())
     return digest.hexdigest()[:16]
+
+
+def _ids(ends: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The ids that end an answer, as a config names them."""
+    return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
 
 
 def _dtype(dtype: Dtype) -> Any:
