@@ -357,6 +357,32 @@ def test_the_output_layer_equals_the_plain_one(dtype: torch.dtype, monkeypatch: 
         assert_near(mine, theirs, dtype)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+def test_logits_kept_or_made_again_have_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(_output_layer, "IDS", 40)  # three parts
+    made, product = Counter[str](), back.product
+    monkeypatch.setattr(back, "product", partial(_counted, made, product))
+    inputs = [torch.randn(30, 16).to(dtype).requires_grad_(), torch.randn(100, 16).to(dtype).requires_grad_()]
+    found: list[tuple[torch.Tensor, ...]] = []
+    counts: list[int] = []
+    for free in (2**40, 0):
+        monkeypatch.setattr(_memory, "free", lambda free=free: free)
+        made.clear()
+        out = _output_layer.logprobs(inputs[0], inputs[1], torch.arange(30)).square().sum()
+        found.append(torch.autograd.grad(out, inputs, retain_graph=True))
+        counts.append(made["calls"])
+        found.append(torch.autograd.grad(out, inputs))  # what was kept is used up
+    assert counts[1] - counts[0] == 3
+    assert all(torch.equal(one, other) for again in found[1:] for one, other in zip(found[0], again, strict=True))
+
+
+def test_without_gradients_no_logits_are_kept(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_memory, "may_keep", lambda size, device: pytest.fail("for whom?"))
+    with torch.no_grad():
+        _output_layer.logprobs(torch.randn(3, 16), torch.randn(100, 16).requires_grad_(), torch.arange(3))
+
+
 @pytest.mark.parametrize("size", [1, 31, 32, 200, 3000])
 @pytest.mark.parametrize("rows", [40, 64, 160])
 def test_weight_gradients_on_tiles_are_products(size: int, rows: int):

@@ -11,6 +11,16 @@ MEMINFO = Path("/proc/meminfo")
 GROUP = Path("/sys/fs/cgroup")
 
 
+SHARE_OF_FREE = {"cpu": 8, "cuda": 3}
+"""What is kept to save work may take one part in so many of the memory that is free. A machine's is shared with others,
+and little of it fits a CPU's caches; a CUDA device computes so fast that making things again shows."""
+
+
+def may_keep(size: int, device: torch.device) -> bool:
+    """Whether so many bytes may wait for the backward pass, instead of being made again."""
+    return SHARE_OF_FREE.get(device.type, 1) * size <= free_on(device)
+
+
 def free() -> int:
     """Bytes that are available now, of the machine or of the container (as cgroup v2 shows it within), whichever has
     fewer; 0 where nobody tells."""

@@ -1,8 +1,9 @@
-"""The output layer of a training: log-probs of targets without ever holding the logits.
+"""The output layer of a training: log-probs of targets, with no more logits held than there is room for.
 
-Logits are made for some ids of the vocabulary at a time, and again in the backward pass, where they become their own
-gradient in place. So each part of the weight gets its gradient at once, over all targets. What is done to a part is
-done by kernels on a CPU, and compiled on CUDA (`_compiled_logits`).
+Logits are made for some ids of the vocabulary at a time. In the backward pass they become their own gradient in place,
+so each part of the weight gets its gradient at once, over all targets. They wait for it where memory allows, and are
+made again where it does not: the same bits, for a third more products. What is done to a part is done by kernels on a
+CPU, and compiled on CUDA (`_compiled_logits`).
 
 Axes: `N` targets, `d` width of the model, `V` vocabulary.
 """
@@ -16,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from upturn.models import _compiled_logits, grad_sums, packed
+from upturn.models import _compiled_logits, _memory, grad_sums, packed
 from upturn.models.native import back, ops
 
 IDS = 4096
@@ -43,44 +44,55 @@ def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         raise IndexError(f"target {greatest} is out of a vocabulary of {len(weight)}")
     if hidden.is_cuda and not len(targets):
         return hidden.float().sum(1)  # nothing, and its gradient
-    return cast(Tensor, _LogProbs.apply(hidden, weight, targets))
+    size = len(targets) * len(weight) * hidden.element_size()
+    keeps = torch.is_grad_enabled() and _memory.may_keep(size, hidden.device)
+    return cast(Tensor, _LogProbs.apply(hidden, weight, targets, keeps))
 
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, keeps: bool) -> Tensor:
         passes = _passes(hidden)
         start = (-1e30, 0.0, 0.0 if passes is back else torch.nan)
         top, total, picked = (torch.full((len(targets),), value, device=hidden.device) for value in start)
+        ctx.kept = list[Tensor]()
         for first, part in _parts(weight, _ids(passes, len(targets))):
-            passes.logits_seen(passes.product(hidden, part.t()), first, targets, (top, total, picked))
+            logits = passes.product(hidden, part.t())
+            passes.logits_seen(logits, first, targets, (top, total, picked))
+            if keeps:
+                ctx.kept.append(logits)
         log_total = top + total.log()
         ctx.save_for_backward(hidden, weight, targets, log_total)
         ctx.weight = weight
         return picked - log_total
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
         hidden, weight, targets, log_total = ctx.saved_tensors
         g, g_hidden = g.contiguous(), torch.zeros(hidden.shape, device=hidden.device)
-        parts = _gradients(hidden, weight, targets, (log_total, g), g_hidden)
+        parts = _gradients(hidden, weight, targets, (log_total, g), ctx.kept, g_hidden)
         add = grad_sums.adder(ctx.weight) if ctx.needs_input_grad[1] else None
         g_weight = None
         if add is not None:
             add(parts)
         else:
             g_weight = torch.cat(list(parts))
-        return g_hidden.to(hidden.dtype), g_weight, None
+        return g_hidden.to(hidden.dtype), g_weight, None, None
 
 
 def _gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, known: tuple[Tensor, Tensor], g_hidden: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    known: tuple[Tensor, Tensor],
+    kept: list[Tensor],
+    g_hidden: Tensor,
 ) -> Iterator[Tensor]:
     """The weight's gradient, part by part; that of the hidden states is summed on the way. `known`: `[N]` each, the log
-    of the sum of exponentials, and the gradient of the log-probs."""
+    of the sum of exponentials, and the gradient of the log-probs. What is `kept` is used up."""
     passes = _passes(hidden)
     for first, part in _parts(weight, _ids(passes, len(targets))):
-        logits = passes.product(hidden, part.t())
+        logits = kept.pop(0) if kept else passes.product(hidden, part.t())
         passes.logits_back_(logits, first, targets, *known)
         passes.add_gradient(passes.product(logits, part), g_hidden, is_first=first == 0)
         yield passes.weight_gradient(logits, hidden)

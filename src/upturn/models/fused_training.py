@@ -27,9 +27,6 @@ from upturn.models._tree_plan import TreePlan
 from upturn.models.native import back
 from upturn.types import Sample
 
-SHARE_OF_FREE = {"cpu": 8, "cuda": 3}
-"""The inputs of all gates may take one part in so many of the memory that is free. A machine's is shared with others,
-and few such inputs fit a CPU's caches; a CUDA device computes so fast that making them again shows."""
 NEAR = 0.2
 """How far bfloat16 kernels may be from exact ones, relative to the largest number: one that errs is further."""
 
@@ -50,8 +47,7 @@ def fused_training(model: nn.Module, plan: TreePlan) -> Iterator[None]:
     _slow.tell(model, (layer for layer in _common.layers_of(model) or [model] if layer not in known))
     tokens = len(plan.tree.ids_T)
     made = [KINDS[device.type](layer, known[layer]) for layer in layers]
-    share = SHARE_OF_FREE.get(device.type, 1)
-    keeps_gates = share * sum(one.gates_bytes(tokens) for one in made) <= _memory.free_on(device)
+    keeps_gates = _memory.may_keep(sum(one.gates_bytes(tokens) for one in made), device)
     for one in made:
         one.keeps_gates = keeps_gates
     if torch.is_grad_enabled():
