@@ -11,8 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from upturn import trees
 from upturn.engines import sampling
+from upturn.models import _tree_attention
+from upturn.models._tree_plan import TreePlan
 from upturn.models.native import back, build, ops
+from upturn.types import Sample
 
 DTYPES = [torch.float32, torch.bfloat16]
 CLOSE = {torch.float32: 2e-6, torch.bfloat16: 0.01}
@@ -223,7 +227,15 @@ def without(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """Nothing built yet, and nothing kept of what a test builds."""
-    kept = (build.kernels, ops._library, ops.has_tiles, ops.has_product, back._library, back.has_matmul)
+    kept = (
+        build.kernels,
+        ops._library,
+        ops.has_tiles,
+        ops.has_product,
+        back._library,
+        back.has_matmul,
+        back.has_tree_attend,
+    )
     for function in kept:
         function.cache_clear()
     yield
@@ -274,6 +286,31 @@ def test_products_on_vectors(flags: tuple[str, ...], monkeypatch: pytest.MonkeyP
         back.product(*torch.ones(2, 4, 4).bfloat16(), out=torch.empty(4, 4).bfloat16().t())
     with pytest.raises(ValueError, match="a product of"):
         back.product(torch.ones(3, 4).bfloat16(), torch.ones(5, 4).bfloat16())
+
+
+@needs_product
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.skipif(platform.machine() != "x86_64" or not torch.cpu._is_avx512_bf16_supported(), reason="no AVX-512")
+@pytest.mark.parametrize(
+    ("flags", "has_kernel"), [(("-mno-amx-tile", "-mno-amx-bf16"), True), (("-mno-avx512bf16",), False)]
+)
+def test_attention_over_trees_on_vectors(
+    flags: tuple[str, ...], has_kernel: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("UPTURN_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
+    assert back.has_tree_attend(torch.bfloat16) == has_kernel
+    question, first, other = ((*range(part),) for part in (45, 9, 70))
+    tree = trees.build([Sample(question, first), Sample(question, other), Sample((*question, *other), first)])
+    plan, (size, heads, width) = TreePlan(tree, flex=False), (len(tree.ids_T), 6, 64)
+    x = _tree_attention.Heads(torch.randn(size, heads + 4, width).bfloat16(), kv_heads=2)
+    g, units, found = torch.randn(size, heads, width).bfloat16(), plan.units(None), list[Tensor]()
+    for by_kernel in (has_kernel, False):
+        monkeypatch.setattr(_tree_attention, "_has_kernel", lambda heads, by_kernel=by_kernel: by_kernel)
+        found.append(_tree_attention.attend(x, units, 0.1))
+        found.append(_tree_attention.attend_back(x, g, units, plan.copies(2), 0.1).all)
+    for one, other_one in zip(found[:2], found[2:], strict=True):
+        assert (one - other_one).abs().max() <= 0.03 * other_one.abs().max()
 
 
 def check_every_number_of_rows(dtype: torch.dtype) -> None:

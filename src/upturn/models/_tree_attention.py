@@ -1,7 +1,7 @@
 """Attention over the units of a token tree on a CPU, with its gradient.
 
-Where the processor has matrix tiles one kernel does it all (`native/tree.c`), elsewhere kernels between plain matrix
-products. Nothing is kept for the backward pass but queries, keys and values: scores are computed again there.
+Where the processor multiplies bfloat16 one kernel does it all (`native/tree.c`), elsewhere kernels between plain
+matrix products. Nothing is kept for the backward pass but queries, keys and values: scores are computed again there.
 
 Axes: `T` tokens, `H` query heads, `Hkv` key heads, `D` their width, `B` units of a group, `Q` and `K` their queries and
 keys.
@@ -74,7 +74,7 @@ def attend(heads: Heads, units: Units, scaling: float, out: Tensor | None = None
     """`[T, H, D]`, into `out` where it is given."""
     q = heads.parts[0]
     out = q.new_empty(q.shape) if out is None else out
-    if _fits_tiles(heads):
+    if _has_kernel(heads):
         back.tree_attend(heads.all, heads.kv_heads, units.table, scaling, out)
         return out
     for group in units.groups:
@@ -90,7 +90,7 @@ def attend_back(heads: Heads, g: Tensor, units: Units, copies: Copies, scaling: 
     out = Heads(torch.empty_like(heads.all), heads.kv_heads)
     rows = heads.kv_heads * sum(group.keys.numel() for group in units.groups)
     keys, values = heads.all.new_empty(2, rows, g.shape[2])
-    if _fits_tiles(heads):
+    if _has_kernel(heads):
         back.tree_attend(heads.all, heads.kv_heads, units.table, scaling, out.all, (g, keys, values))
     else:
         _attend_back(heads, g, units.groups, scaling, (out.parts[0], keys, values))
@@ -116,8 +116,8 @@ def _attend_back(
         done = here.stop
 
 
-def _fits_tiles(heads: Heads) -> bool:
-    return ops.has_tiles(heads.all.dtype) and heads.all.shape[2] % ops.STEP == 0
+def _has_kernel(heads: Heads) -> bool:
+    return back.has_tree_attend(heads.all.dtype) and heads.all.shape[2] % ops.STEP == 0
 
 
 def copies(keys: Sequence[Tensor], num_tokens: int, kv_heads: int) -> Copies:

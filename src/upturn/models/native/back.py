@@ -30,10 +30,11 @@ _SIGNATURES = {
     "has_matmul": "",
     "matmul": "iii" + "piipii" + "pipi",
     "squares": "ii" + "ppp",
+    "has_tree_attend": "",
     "tree_attend": "ip" + "iiii" + "pf" + "pppp",
     "adamw": "i" + "pp" + "pp" + "ppp" + "fffffff",
 }
-_ANSWERING = ("masked_softmax", "columns_product", "has_matmul", "matmul", "tree_attend")
+_ANSWERING = ("masked_softmax", "columns_product", "has_matmul", "matmul", "has_tree_attend", "tree_attend")
 PARTS = 16
 """Sums over tokens are made in so many parts, whatever the number of threads."""
 PIECE = 4096
@@ -105,6 +106,12 @@ def softmax_(scores: Tensor, seen: Tensor, scale: float, g: Tensor | None = None
         raise MemoryError("softmax found no memory for a row")
 
 
+@cache
+def has_tree_attend(dtype: torch.dtype) -> bool:
+    """Whether `tree_attend` takes numbers of this type here: on tiles, or on AVX-512 with bfloat16."""
+    return bool(_library(dtype).has_tree_attend())
+
+
 def tree_attend(
     x: Tensor,
     kv_heads: int,
@@ -113,7 +120,8 @@ def tree_attend(
     out: Tensor,
     gradient: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
-    """Attention of units over `x [T, H + 2 Hkv, D]` into `out [T, H, D]`; `units` as in tree.c. For tiles only.
+    """Attention of units over `x [T, H + 2 Hkv, D]` into `out [T, H, D]`; `units` as in tree.c; widths are multiples
+    of 32.
 
     gradient   where it is there, that of the result, `[T, H, D]`, and two `[rows, D]` that get those of the copies of
                keys and of values; `out` is like `x` then and gets that of the queries in their places

@@ -8,7 +8,7 @@
 #include "vectors.h"
 
 #ifdef __AVX2__
-#ifndef TILES
+#ifndef BLOCKS
 enum { SIDE = 16, PANEL = 2 * SIDE };
 #endif
 

@@ -1,13 +1,12 @@
-/* Attention over the units of a token tree, and its gradient, on the matrix tiles of a processor with AMX.
+/* Attention over the units of a token tree, and its gradient, in products of 32 rows and columns (`squares.h`).
  *
  * A unit is a few tokens that see the same earlier ones, and each other as far as `seen` says. The query heads of one
  * key head lie one under the other, as rows of one product. Nothing but queries, keys and values is kept for the
- * backward pass. Other processors get no such kernel: there plain products do it.
+ * backward pass. Processors without bfloat16 get no such kernel: there plain products do it.
  */
-#include "tiles.h"
-#include "vec.h"
+#include "squares.h"
 
-#ifdef TILES
+#ifdef BLOCKS
 /* Tokens of the flat step: those that ask, and those that may be seen. */
 typedef struct {
     int64_t queries, keys; /* how many */
@@ -39,13 +38,12 @@ static inline void pack_all_rows(int64_t n, int64_t d, const real *x, real *tile
         for (int64_t t = 0; t < d; t += DEPTH, tiles += TILE) pack_rows(SIDE, d, x + r * d + t, tiles);
 }
 
-/* 32 rows, `step` apart tile by tile, times `columns` packed columns of so many tiles -> out [32, columns]. */
-static inline void rows_times(int64_t tiles, const real *x, const real *x2, int64_t step, int64_t stride,
+/* Some of 32 rows, `step` apart tile by tile, times `columns` packed columns of so many tiles -> out [32, columns]. */
+static inline void rows_times(int64_t some, int64_t tiles, const real *x, const real *x2, int64_t step, int64_t stride,
                               const real *right, int64_t columns, float *out) {
     for (int64_t c = 0; c < columns; c += PANEL) {
         const real *one = right + c / SIDE * tiles * TILE, *two = one + tiles * TILE;
-        sum_up(tiles, x, x2, step, stride, one, two);
-        put_sums(out + c, columns);
+        square(some, tiles, x, x2, step, stride, one, two, out + c, columns);
     }
 }
 
@@ -81,15 +79,16 @@ static inline float weigh(const unit *u, const uint8_t *seen, int64_t span, floa
     return 1.0f / total(sum);
 }
 
-/* Rows from `first` on, 32 of them: products with all keys. */
-static inline void products(const scratch *s, int64_t first, int64_t d, const real *x, const real *right, float *out) {
+/* Rows from `first` on, some of 32: products with all keys. */
+static inline void products(const scratch *s, int64_t first, int64_t some, int64_t d, const real *x, const real *right,
+                            float *out) {
     const real *at = x + first * d;
-    rows_times(d / DEPTH, at, at + SIDE * d, DEPTH, d, right, s->span, out);
+    rows_times(some, d / DEPTH, at, at + SIDE * d, DEPTH, d, right, s->span, out);
 }
 
-/* The weighted sums of 32 rows of weights -> sums [32, d] */
-static inline void mixed(const scratch *s, const real *weights, int64_t d, const real *right, float *sums) {
-    rows_times(s->span / DEPTH, weights, weights + SIDE * s->span, DEPTH, s->span, right, d, sums);
+/* The weighted sums of some of 32 rows of weights -> sums [32, d] */
+static inline void mixed(const scratch *s, int64_t some, const real *weights, int64_t d, const real *right, float *sums) {
+    rows_times(some, s->span / DEPTH, weights, weights + SIDE * s->span, DEPTH, s->span, right, d, sums);
 }
 
 static inline void put(const float *from, float by, int64_t d, real *to) {
@@ -108,14 +107,14 @@ static void forward(const unit *u, int64_t h, const layout *l, const scratch *s,
     for (int64_t first = 0; first < s->rows; first += PANEL) {
         int64_t some = real_rows - first < PANEL ? real_rows - first : PANEL;
         float share[PANEL];
-        products(s, first, d, s->q, s->right[0], s->scores);
+        products(s, first, some, d, s->q, s->right[0], s->scores);
         for (int64_t r = 0; r < some; r++) {
             float *row = s->scores + r * s->span;
             share[r] = weigh(u, u->seen + (first + r) % u->queries * u->width, s->span, l->scale, row);
             put(row, 1.0f, s->span, s->weights + r * s->span);
         }
         memset(s->weights + some * s->span, 0, (size_t)((PANEL - some) * s->span) * sizeof(real));
-        mixed(s, s->weights, d, s->right[1], s->sums);
+        mixed(s, some, s->weights, d, s->right[1], s->sums);
         for (int64_t r = 0; r < some; r++)
             put(s->sums + r * d, share[r], d, place_of(u, first + r, h * s->groups, d, l->heads * d, out));
     }
@@ -144,8 +143,8 @@ static void backward(const unit *u, int64_t h, const layout *l, const scratch *s
     for (int64_t first = 0; first < s->rows; first += PANEL) {
         int64_t some = real_rows - first < PANEL ? real_rows - first : PANEL;
         real *weights = s->weights + first * span, *changes = s->changes + first * span;
-        products(s, first, d, s->q, s->right[0], s->scores);
-        products(s, first, d, s->g, s->right[1], s->more);
+        products(s, first, some, d, s->q, s->right[0], s->scores);
+        products(s, first, some, d, s->g, s->right[1], s->more);
         for (int64_t r = 0; r < some; r++) {
             float *row = s->scores + r * span;
             float share = weigh(u, u->seen + (first + r) % u->queries * u->width, span, l->scale, row);
@@ -153,7 +152,7 @@ static void backward(const unit *u, int64_t h, const layout *l, const scratch *s
         }
         memset(weights + some * span, 0, (size_t)((PANEL - some) * span) * sizeof(real));
         memset(changes + some * span, 0, (size_t)((PANEL - some) * span) * sizeof(real));
-        mixed(s, changes, d, s->right[2], s->sums);
+        mixed(s, some, changes, d, s->right[2], s->sums);
         for (int64_t r = 0; r < some; r++)
             put(s->sums + r * d, 1.0f, d, place_of(u, first + r, h * s->groups, d, l->stride, out));
     }
@@ -163,7 +162,7 @@ static void backward(const unit *u, int64_t h, const layout *l, const scratch *s
         real *both[2][3] = {{s->changes, s->right[3], keys}, {s->weights, s->right[4], values}};
         for (int i = 0; i < 2; i++) {
             pack_left(s->rows, span, both[i][0] + first, 2, s->left);
-            rows_times(depth, s->left, s->left + depth * TILE, TILE, DEPTH, both[i][1], d, s->sums);
+            rows_times(some, depth, s->left, s->left + depth * TILE, TILE, DEPTH, both[i][1], d, s->sums);
             for (int64_t r = 0; r < some; r++) put(s->sums + r * d, 1.0f, d, both[i][2] + (row + first + r) * d);
         }
     }
@@ -214,7 +213,7 @@ int tree_attend(int64_t n, const unit *units, int64_t heads, int64_t kv_heads, i
 #pragma omp atomic write
             failed = 1;
         }
-        take_tiles();
+        begin_squares();
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < n * kv_heads; task++) {
             const unit *u = units + task / kv_heads;
@@ -231,12 +230,23 @@ int tree_attend(int64_t n, const unit *units, int64_t heads, int64_t kv_heads, i
             gather(real_rows, s.rows, u->queries, u->query, d, heads * d, g + h * groups * d, s.g);
             backward(u, h, &l, &s, out, keys, values);
         }
-        _tile_release();
+        end_squares();
         free(memory);
     }
     return failed;
 }
+
+/* Whether `tree_attend` may be called. */
+int has_tree_attend(void) {
+#ifdef TILES
+    return tiles_allowed();
 #else
+    return 1;
+#endif
+}
+#else
+int has_tree_attend(void) { return 0; }
+
 int tree_attend(int64_t n, const void *units, int64_t heads, int64_t kv_heads, int64_t d, int64_t stride, const real *x,
                 float scale, const real *g, real *out, real *keys, real *values) {
     return 1;
