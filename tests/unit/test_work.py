@@ -27,14 +27,14 @@ def sizes(model: Path, folder: Path, **options: int | None) -> tuple[int, int]:
 
 def test_a_step_that_goes_on_keeps_its_chunks(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     slots = _slots.USUAL["cpu"]
-    assert sizes(tiny_model, tmp_path) == (slots, work.WAVES["cpu"] * slots)
+    assert sizes(tiny_model, tmp_path) == (slots, work.WAVES * slots)
     monkeypatch.setitem(_slots.USUAL, "cpu", 7)
-    assert sizes(tiny_model, tmp_path) == (slots, work.WAVES["cpu"] * slots)
-    assert json.loads((tmp_path / work.SIZES).read_text()) == {"slots": slots, "chunk_prompts": 2 * slots}
+    assert sizes(tiny_model, tmp_path) == (slots, work.WAVES * slots)
+    assert json.loads((tmp_path / work.SIZES).read_text()) == {"slots": slots, "chunk_prompts": work.WAVES * slots}
 
 
 def test_what_is_asked_for_counts(tiny_model: Path, tmp_path: Path):
-    assert sizes(tiny_model, tmp_path, slots=5) == (5, work.WAVES["cpu"] * 5)
+    assert sizes(tiny_model, tmp_path, slots=5) == (5, work.WAVES * 5)
 
 
 def test_a_slot_holds_question_draft_request_and_draft(tiny_model: Path):

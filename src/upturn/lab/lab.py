@@ -34,7 +34,7 @@ class Options(Strict):
     """Drafts that are sampled at the same time; None: what suits the device."""
     chunk_prompts: int | None = Field(default=None, ge=1)
     """Prompts between two saves of a generation: a kill costs at most one chunk, and the batch runs empty at the end of
-    each. None: so many for each slot as suit the device."""
+    each. None: four for each slot."""
     trust_remote_code: bool = False
 
 
