@@ -43,7 +43,7 @@ COMMON: dict[str, Any] = {
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 TYPES = list(CLOSE)
 both_widths = pytest.mark.parametrize("width", [16, 32])
-"""Of a head: matrix tiles take multiples of 32."""
+"""Of a head: the kernel for attention takes multiples of 32."""
 native = pytest.mark.skipif(not ops.usable(torch.zeros(1)), reason="no kernels on this machine")
 pytestmark = native
 

@@ -66,6 +66,12 @@ def saved(folder: Path, kind: Any, more: dict[str, Any], dtype: torch.dtype = to
     return folder
 
 
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "place_of", lambda device: "cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return saved(tmp_path / "model", *KNOWN["llama"])
@@ -101,6 +107,43 @@ def test_a_model_in_several_files_is_one(tmp_path: Path):
         assert torch.equal(ours.get_parameter(name), weight)
 
 
+def test_one_file_comes_before_several(tmp_path: Path):
+    folder = saved(tmp_path / "model", *KNOWN["llama"], max_shard_size="30KB")
+    other = saved(tmp_path / "other", *KNOWN["llama"])
+    tensors = {name: tensor + 1 for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    theirs, ours = load.load(str(folder), device="cpu"), lean.load(folder)
+    assert ours is not None
+    assert torch.equal(ours.lm_head.weight, tensors["lm_head.weight"])
+    assert torch.equal(ours.lm_head.weight, theirs.model.get_output_embeddings().weight)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("missing", ["dtype", "max_position_embeddings", "tie_word_embeddings", "rms_norm_eps"])
+def test_a_config_that_leaves_something_open_is_left_to_transformers(missing: str, folder: Path):
+    path = folder / "config.json"
+    known = json.loads(path.read_text())
+    del known[missing]
+    path.write_text(json.dumps(known))
+    assert lean.load(folder) is None
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_the_tokenizer_is_that_of_transformers(kind: str, is_named: bool, tmp_path: Path):
+    folder = saved(tmp_path / "model", *KNOWN[kind])
+    path = folder / "tokenizer_config.json"
+    said = json.loads(path.read_text())
+    if not is_named:
+        del said["tokenizer_class"]
+    path.write_text(json.dumps(said))
+    theirs, ours = load.load(str(folder), device="cpu"), load.load_to_answer(str(folder))
+    assert isinstance(ours.model, lean.Lean) == is_named
+    assert type(ours.tokenizer) is type(theirs.tokenizer)
+    assert ours.tokenizer("Say 1 + 1!")["input_ids"] == theirs.tokenizer("Say 1 + 1!")["input_ids"]
+    assert ours.end_ids == theirs.end_ids
+    assert ours.tokenizer.eos_token_id == theirs.tokenizer.eos_token_id
+
+
 @pytest.mark.parametrize("kind", OTHER)
 def test_another_model_is_left_to_transformers(kind: str, tmp_path: Path):
     assert lean.load(saved(tmp_path / "model", *OTHER[kind])) is None
@@ -110,6 +153,9 @@ def test_another_model_is_left_to_transformers(kind: str, tmp_path: Path):
     "change",
     [
         {"quantization_config": {"quant_method": "gptq"}},
+        {"per_layer_config": {"0": {"skip": ["mlp"]}}},
+        {"transformers_weights": "others.safetensors"},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
         {"auto_map": {"AutoModelForCausalLM": "own.Model"}},
         {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}},
         {"tie_word_embeddings": True},
@@ -145,12 +191,12 @@ def test_an_adapter_is_left_to_transformers(folder: Path):
     assert lean.load(folder) is None
 
 
-@pytest.mark.parametrize("own", [{"eos_token_id": [3, 4]}, {"eos_token_id": 3}, {}, None])
-def test_an_answer_ends_where_transformers_says(own: dict[str, Any] | None, folder: Path):
+@pytest.mark.parametrize("own", ['{"eos_token_id": [3, 4]}', '{"eos_token_id": 3}', "{}", "{", None])
+def test_an_answer_ends_where_transformers_says(own: str | None, folder: Path):
     path = folder / "generation_config.json"
     path.unlink()
     if own is not None:
-        path.write_text(json.dumps(own))
+        path.write_text(own)
     assert load.load_to_answer(str(folder)).end_ids == load.load(str(folder), device="cpu").end_ids
 
 

@@ -10,7 +10,6 @@ import torch
 MEMINFO = Path("/proc/meminfo")
 GROUP = Path("/sys/fs/cgroup")
 
-
 SHARE_OF_FREE = {"cpu": 8, "cuda": 3}
 """What is kept to save work may take one part in so many of the memory that is free. A machine's is shared with others,
 and little of it fits a CPU's caches; a CUDA device computes so fast that making things again shows."""

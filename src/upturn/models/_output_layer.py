@@ -45,7 +45,8 @@ def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if hidden.is_cuda and not len(targets):
         return hidden.float().sum(1)  # nothing, and its gradient
     size = len(targets) * len(weight) * hidden.element_size()
-    keeps = torch.is_grad_enabled() and _memory.may_keep(size, hidden.device)
+    learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    keeps = learns and _memory.may_keep(size, hidden.device)
     return cast(Tensor, _LogProbs.apply(hidden, weight, targets, keeps))
 
 
@@ -69,8 +70,9 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
         hidden, weight, targets, log_total = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, []
         g, g_hidden = g.contiguous(), torch.zeros(hidden.shape, device=hidden.device)
-        parts = _gradients(hidden, weight, targets, (log_total, g), ctx.kept, g_hidden)
+        parts = _gradients(hidden, weight, targets, (log_total, g), kept, g_hidden)
         add = grad_sums.adder(ctx.weight) if ctx.needs_input_grad[1] else None
         g_weight = None
         if add is not None:

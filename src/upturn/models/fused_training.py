@@ -30,7 +30,6 @@ from upturn.types import Sample
 NEAR = 0.2
 """How far bfloat16 kernels may be from exact ones, relative to the largest number: one that errs is further."""
 
-
 KINDS: dict[str, type[Fused] | type[Compiled]] = {"cpu": Fused, "cuda": Compiled}
 """What common layers compute with, by device."""
 

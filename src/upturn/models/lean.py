@@ -20,6 +20,19 @@ from upturn.models._attention import NAME, How, Plan
 BIASES = {"llama": ("", "all"), "mistral": ("", ""), "qwen2": ("qkv", "qkv"), "qwen3": ("", "all")}
 """Model type -> which products of the attention have a bias: without `attention_bias` in the config, and with it."""
 
+_FOLLOWED = """
+attention_bias dtype head_dim hidden_act hidden_size intermediate_size layer_types max_position_embeddings mlp_bias
+model_type num_attention_heads num_hidden_layers num_key_value_heads rms_norm_eps rope_parameters rope_theta
+sliding_window tie_word_embeddings torch_dtype use_sliding_window vocab_size
+"""
+_IDLE = """
+_model_name_or_path _name_or_path architectures attention_dropout bos_token_id eos_token_id initializer_range
+is_llama_config max_window_layers pad_token_id pretraining_tp transformers.js_config transformers_version unk_token_id
+use_cache
+"""
+SAID = {*_FOLLOWED.split(), *_IDLE.split()}
+"""What a config may say: the layers below follow it, or it is nothing to them."""
+
 
 class Config(SimpleNamespace):
     """`config.json`, with what else is asked of a config."""
@@ -69,25 +82,27 @@ def _load(folder: Path) -> Lean | None:
     raw = json.loads((folder / "config.json").read_text())
     if not _is_known(raw) or (folder / "adapter_config.json").exists():
         return None
+    if "tokenizer_class" not in json.loads((folder / "tokenizer_config.json").read_text()):
+        return None  # then it is that of the model's own config, which would import what all this is to spare
     config = _config(raw)
     with torch.device("meta"):
         model = Lean(config)
     tensors: dict[str, Tensor] = {}
     for path in _files(folder):
         tensors |= load_file(path)
+    tensors = {name: tensor.to(config.dtype) for name, tensor in tensors.items()}
     if config.tie_word_embeddings:
         if "lm_head.weight" in tensors:  # another one, perhaps
             return None
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    wanted = config.dtype or next(iter(tensors.values())).dtype
-    model.load_state_dict({name: tensor.to(wanted) for name, tensor in tensors.items()}, assign=True)
+    model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(False).eval()
 
 
 def _files(folder: Path) -> list[Path]:
+    if (whole := folder / "model.safetensors").exists():
+        return [whole]
     index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
     return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
 
 
@@ -97,7 +112,7 @@ def _is_known(raw: dict[str, Any]) -> bool:
     return (
         raw["model_type"] in BIASES
         and raw.get("hidden_act", "silu") == "silu"
-        and not any(raw.get(name) for name in ("quantization_config", "auto_map", "rope_scaling"))
+        and not any(raw[name] for name in raw.keys() - SAID)
         and set(rope) <= {"rope_theta", "rope_type"}
         and rope["rope_type"] == "default"
         and not _has_window(raw)
@@ -112,7 +127,6 @@ def _has_window(raw: dict[str, Any]) -> bool:
 
 def _config(raw: dict[str, Any]) -> Config:
     heads = raw["num_attention_heads"]
-    dtype = raw.get("dtype") or raw.get("torch_dtype")
     asked = {
         "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
         "num_key_value_heads": raw.get("num_key_value_heads") or heads,
@@ -120,7 +134,8 @@ def _config(raw: dict[str, Any]) -> Config:
         "attention_biases": BIASES[raw["model_type"]][bool(raw.get("attention_bias"))],
         "mlp_bias": raw["model_type"] == "llama" and bool(raw.get("mlp_bias")),
         "tie_word_embeddings": raw["tie_word_embeddings"],
-        "dtype": dtype and getattr(torch, dtype),
+        "dtype": getattr(torch, raw.get("dtype") or raw["torch_dtype"]),
+        "max_position_embeddings": raw["max_position_embeddings"],
     }
     return Config(**raw | asked)
 

@@ -26,7 +26,7 @@ from upturn.tracking import progress
 
 HERE = Path(__file__).parent
 SOURCES = ("kernels.c", "attend.c", "product.c", "matmul.c", "layer.c", "train.c", "tiles.c", "tree.c")
-HEADERS = ("real.h", "vec.h", "vectors.h", "pairs.h", "tiles.h", "squares.h", "calls.h")
+HEADERS = ("real.h", "vec.h", "vectors.h", "pairs.h", "tiles.h", "blocks.h", "calls.h")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp")
 ARITHMETIC = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffinite-math-only")
 """Not -ffast-math: its linker flags would make the whole process flush denormal numbers to zero."""

@@ -1,10 +1,10 @@
-/* Attention over the units of a token tree, and its gradient, in products of 32 rows and columns (`squares.h`).
+/* Attention over the units of a token tree, and its gradient, in products of 32 rows and columns (`blocks.h`).
  *
  * A unit is a few tokens that see the same earlier ones, and each other as far as `seen` says. The query heads of one
  * key head lie one under the other, as rows of one product. Nothing but queries, keys and values is kept for the
  * backward pass. Processors without bfloat16 get no such kernel: there plain products do it.
  */
-#include "squares.h"
+#include "blocks.h"
 
 #ifdef BLOCKS
 /* Tokens of the flat step: those that ask, and those that may be seen. */
@@ -43,7 +43,7 @@ static inline void rows_times(int64_t some, int64_t tiles, const real *x, const 
                               const real *right, int64_t columns, float *out) {
     for (int64_t c = 0; c < columns; c += PANEL) {
         const real *one = right + c / SIDE * tiles * TILE, *two = one + tiles * TILE;
-        square(some, tiles, x, x2, step, stride, one, two, out + c, columns);
+        block_product(some, tiles, x, x2, step, stride, one, two, out + c, columns);
     }
 }
 
@@ -213,7 +213,7 @@ int tree_attend(int64_t n, const unit *units, int64_t heads, int64_t kv_heads, i
 #pragma omp atomic write
             failed = 1;
         }
-        begin_squares();
+        begin_blocks();
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < n * kv_heads; task++) {
             const unit *u = units + task / kv_heads;
@@ -230,7 +230,7 @@ int tree_attend(int64_t n, const unit *units, int64_t heads, int64_t kv_heads, i
             gather(real_rows, s.rows, u->queries, u->query, d, heads * d, g + h * groups * d, s.g);
             backward(u, h, &l, &s, out, keys, values);
         }
-        end_squares();
+        end_blocks();
         free(memory);
     }
     return failed;

@@ -4,14 +4,14 @@
 #include "vectors.h"
 
 #ifdef BLOCKS
-/* Before a thread makes squares, and when it is done. */
-static inline void begin_squares(void) {
+/* Before a thread makes products, and when it is done. */
+static inline void begin_blocks(void) {
 #ifdef TILES
     take_tiles();
 #endif
 }
 
-static inline void end_squares(void) {
+static inline void end_blocks(void) {
 #ifdef TILES
     _tile_release();
 #endif
@@ -46,8 +46,8 @@ static inline void eight_rows(int64_t tiles, const real *x, int64_t step, int64_
 
 /* 32 rows, in two times 16 with rows `stride` and tiles `step` apart, times 32 packed columns in two strips -> out, rows
  * `columns` apart. Of the rows `some` are wanted. */
-static inline void square(int64_t some, int64_t tiles, const real *x, const real *x2, int64_t step, int64_t stride,
-                          const real *right, const real *right2, float *out, int64_t columns) {
+static inline void block_product(int64_t some, int64_t tiles, const real *x, const real *x2, int64_t step,
+                                 int64_t stride, const real *right, const real *right2, float *out, int64_t columns) {
 #ifdef TILES
     sum_up(tiles, x, x2, step, stride, right, right2);
     put_sums(out, columns);
