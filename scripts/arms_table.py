@@ -15,7 +15,7 @@ from upturn.report import read
 
 MEASURING = ("measure ", "parallel ", "upstream of ")
 """Drafts of these labels are made to measure, not to train."""
-HEAD = ("arm", "turn 1", "last turn", "gain", "w→r", "r→w", "vote of 4", "pass@16", "KL", "tokens", "minutes",
+HEAD = ("arm", "turn 1", "last turn", "gain", "w→r", "r→w", "vote of 4", "pass@{k}", "KL", "tokens", "minutes",
         "last turn against the first arm", "p (Holm)")  # fmt: skip
 
 
@@ -25,10 +25,11 @@ def table(folders: Mapping[str, Sequence[Path]]) -> str:
     found = compare(
         {arm: [reports.last_of(run) for run in some] for arm, some in runs.items()}, against=next(iter(runs))
     )
-    lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
+    k = min(len(a.drafts) for some in runs.values() for run in some for a in run.measured[-1].parallel)
+    lines = [f"| {' | '.join(HEAD).format(k=k)} |", f"|{'---|' * len(HEAD)}"]
     for row in found.arms:
         measured = runs[row.name]
-        cells = [*_accuracies(row), *_flips(measured), *_controls(measured), *_cost(measured), *_against(found, row)]
+        cells = [*_accuracies(row), *_flips(measured), *_controls(measured, k), *_cost(measured), *_against(found, row)]
         lines.append(f"| {row.name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -43,10 +44,10 @@ def _flips(runs: Sequence[read.Run]) -> list[str]:
     return [str(sum(f.wrong_to_right for f in known)), str(sum(f.right_to_wrong for f in known))]
 
 
-def _controls(runs: Sequence[read.Run]) -> list[str]:
+def _controls(runs: Sequence[read.Run], k: int) -> list[str]:
     parallel = [run.measured[-1].parallel for run in runs]
     votes = [fmean(turns.vote(turns.scores_of(a)[:4]) for a in attempts) for attempts in parallel]
-    passed = [turns.pass_at_k(attempts, 16) for attempts in parallel]
+    passed = [turns.pass_at_k(attempts, k) for attempts in parallel]
     moved = [run.summary.measurements[-1].kl_start for run in runs]
     known = [kl for kl in moved if kl is not None]
     return [f"{100 * fmean(votes):.1f}", f"{100 * fmean(passed):.1f}", f"{fmean(known):.3f}" if known else ""]

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from upturn.models._attention import NAME, How, Plan
@@ -77,8 +78,6 @@ def ends(folder: Path) -> int | list[int] | None:
 
 
 def _load(folder: Path) -> Lean | None:
-    from safetensors.torch import load_file
-
     raw = json.loads((folder / "config.json").read_text())
     if not _is_known(raw) or (folder / "adapter_config.json").exists():
         return None
