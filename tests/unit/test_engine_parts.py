@@ -90,9 +90,8 @@ def test_a_gpu_has_as_many_slots_as_there_is_room_for(tmp_path: Path, monkeypatc
     monkeypatch.setattr(_slots, "free_on", lambda device: 3 * (cache.keys.nbytes + cache.values.nbytes))
     config.max_position_embeddings = 512
     assert _slots.usual(away, lambda: 256) == 7
-    assert (
-        _slots.usual(away, lambda: 512) == _slots.usual(away, lambda: 10**9) == 3
-    )  # no slot holds more than the model can read
+    # no slot holds more than the model can read
+    assert _slots.usual(away, lambda: 512) == _slots.usual(away, lambda: 10**9) == 3
     monkeypatch.setattr(_slots, "free_on", lambda device: 0)
     assert _slots.usual(away, lambda: 256) == 1
     monkeypatch.setattr(_slots, "free_on", lambda device: 2**50)

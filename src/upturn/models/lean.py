@@ -132,9 +132,8 @@ def _config(raw: dict[str, Any]) -> Config:
         "rope_theta": (raw.get("rope_parameters") or raw)["rope_theta"],
         "attention_biases": BIASES[raw["model_type"]][bool(raw.get("attention_bias"))],
         "mlp_bias": raw["model_type"] == "llama" and bool(raw.get("mlp_bias")),
-        "tie_word_embeddings": raw["tie_word_embeddings"],
         "dtype": getattr(torch, raw.get("dtype") or raw["torch_dtype"]),
-        "max_position_embeddings": raw["max_position_embeddings"],
+        "max_position_embeddings": raw["max_position_embeddings"],  # must be there: the engine asks for it
     }
     return Config(**raw | asked)
 

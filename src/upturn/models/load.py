@@ -114,12 +114,11 @@ def load(name: str, dtype: Dtype = "auto", *, trust_remote_code: bool = False, d
     return Loaded(model.eval(), tokenizer, name, _ids(ends))
 
 
-def load_to_answer(name: str) -> Loaded:
+def load_to_answer(folder: str) -> Loaded:
     """As `load`, where a model will only answer: on a CPU without the imports that take most of the time, if it can be.
 
     Such a model (`lean`) learns nothing and is not saved. It computes the same, to the bit.
     """
-    folder = resolve(name)
     model = lean.load(Path(folder)) if place_of("auto") == "cpu" else None
     if model is None:
         return load(folder)
@@ -131,7 +130,7 @@ def load_to_answer(name: str) -> Loaded:
     try:  # a config of the model's own class would import what its layers are made of
         config = PreTrainedConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
-        return Loaded(model, tokenizer, name, _ids(lean.ends(Path(folder))))
+        return Loaded(model, tokenizer, folder, _ids(lean.ends(Path(folder))))
     except Exception:
         return load(folder)  # which says what is wrong
 
