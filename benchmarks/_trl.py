@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from trl.trainer.dpo_config import DPOConfig  # type: ignore[import-not-found]
 from trl.trainer.dpo_trainer import DPOTrainer  # type: ignore[import-not-found]
 
-from upturn.models import load
+from upturn.models import folders, load
 from upturn.types import Sample
 
 FOREVER = 10**6
@@ -93,7 +93,7 @@ def main() -> None:
             options |= TUNED | {"model_init_kwargs": {"dtype": args.dtype}, "torch_compile": args.compile}
             options |= {"use_liger_kernel": args.liger}
         trainer = OnOurRows(
-            model=load.resolve(args.model),
+            model=folders.resolve(args.model),
             args=DPOConfig(**options),
             train_dataset=Dataset.from_list(rows),
             processing_class=loaded.tokenizer,

@@ -26,7 +26,7 @@ import _rows
 import transformers
 from _child import Answer, Arms, Child
 
-from upturn.models import chat, load
+from upturn.models import chat, folders, load
 from upturn.tasks import keywords
 from upturn.types import Draft, Prompt, Requests
 
@@ -168,14 +168,14 @@ def _starts(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Ch
     generate = partial(start, "_generate.py", [*model, "--dtype", args.peer_dtype])
 
     def vllm() -> Child:
-        options = ["--folder", load.resolve(args.model), "--slots", str(args.slots), *threads]
+        options = ["--folder", folders.resolve(args.model), "--slots", str(args.slots), *threads]
         return start("_vllm.py", options, args.vllm_python)
 
     def llama_cpp() -> Child:
         import _gguf
 
         path = folder / "model.gguf"
-        _gguf.convert(Path(load.resolve(args.model)), path)
+        _gguf.convert(Path(folders.resolve(args.model)), path)
         options = ["--gguf", str(path), "--sequences", str(args.prompts), *threads]
         return start("_llama_cpp.py", options, args.llama_cpp_python)
 

@@ -68,9 +68,9 @@ def place(model: str, api: str | None, concurrency: int, max_retries: int) -> st
 
 def trained_for(model: str | Endpoint) -> Refining:
     """How a model was led to refine in its run; the defaults for any other model, and for an endpoint."""
-    from upturn.models import card, load
+    from upturn.models import card, folders
 
-    return card.refining(Path(load.resolve(model))) if isinstance(model, str) else card.Refining()
+    return card.refining(Path(folders.resolve(model))) if isinstance(model, str) else card.Refining()
 
 
 def measuring(strategy: str | None, own: Refining, turns: int, prompts: int, temperature: float) -> dict[str, Any]:
@@ -119,9 +119,9 @@ def refine(question: str, model: str, how: Asked, *, show: bool) -> Attempt:
 def _refine(question: str, model: str, how: Asked, console: Console, types: Types) -> Attempt:
     from upturn import config
     from upturn.engines import local, sampling
-    from upturn.models import card, chat, load
+    from upturn.models import card, chat, folders, load
 
-    folder = load.resolve(model)  # once: it may fetch from the hub, or read a whole GGUF file
+    folder = folders.resolve(model)  # once: it may fetch from the hub, or read a whole GGUF file
     own = card.refining(Path(folder))
     strategy = config.plugin("strategies", _strategy(how.strategy, own.strategy, how.turns))
     loaded = load.load_to_answer(folder)

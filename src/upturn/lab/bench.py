@@ -59,10 +59,10 @@ class Bench:
         self.requests = Requests(self.task.refine_request, critique)
 
     def load(self, name: str) -> Model:
-        from upturn.models import load
+        from upturn.models import folders
 
-        folder = Path(load.resolve(name))
-        return Model(load.folder_key(folder), folder, name)
+        folder = Path(folders.resolve(name))
+        return Model(folders.key(folder), folder, name)
 
     def behind(self, endpoint: Endpoint) -> Model:
         """A model that answers at an endpoint. Nobody can see its weights, so its name and place stand for them."""

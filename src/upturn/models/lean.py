@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from upturn.models import _common
 from upturn.models._attention import NAME, How, Plan
 
 BIASES = {"llama": ("", "all"), "mistral": ("", ""), "qwen2": ("qkv", "qkv"), "qwen3": ("", "all")}
@@ -65,10 +66,7 @@ class Lean(nn.Module):
 
 def load(folder: Path) -> Lean | None:
     """The model of a folder in the type of its weights, where it is known here in every respect."""
-    try:
-        return _load(folder)
-    except Exception:  # `transformers` may know better, and else says what is wrong
-        return None
+    return _common.tried(lambda: _load(folder))  # where it fails, `transformers` may know better, or says what is wrong
 
 
 def ends(folder: Path) -> int | list[int] | None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from upturn.models.load import cache_dir
+from upturn.models.folders import cache_dir
 from upturn.tracking import progress
 
 HERE = Path(__file__).parent
