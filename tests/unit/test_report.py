@@ -1,3 +1,5 @@
+"""The page of a run: whole, readable for everybody, with all that the run found and nothing that it did not."""
+
 from __future__ import annotations
 
 import asyncio
@@ -6,27 +8,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from html import unescape
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import run_folder
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
-from run_folder import HOSTILE, LABELS, chain, chains, direct, summary_of
-from typer.testing import CliRunner
+from outline import Outline
+from run_folder import HOSTILE, LABELS, chain, chains, summary_of
 
-from upturn.cli import reports
-from upturn.cli.main import app
 from upturn.errors import RunError
-from upturn.evaluation.compare import Comparison
-from upturn.evaluation.study import Path as Way
-from upturn.evaluation.study import Study
 from upturn.evaluation.summary import Summary, drafts_file
-from upturn.report import arms, drafts, drawing, flow, read, terminal
-from upturn.report.diff import word_diff
-from upturn.report.formats import duration, listing, memory, p_value
+from upturn.report import drafts, read
 from upturn.report.page import write_page
 from upturn.strategies import critique_refine
 from upturn.types import Attempt, Draft, Kind, Prompt, Score, answers
@@ -40,40 +33,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(run: Path) -> str:
     return write_page(run).read_text()
-
-
-class Outline(HTMLParser):
-    """Tags, ids and references of a page; unbalanced tags are an error."""
-
-    VOID = frozenset({"meta", "link", "input", "br"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.ids: list[str] = []
-        self.used: list[str] = []
-        self.targets: list[str] = []
-        self.tags: list[str] = []
-        self._open: list[str] = []
-        self.feed(text)
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag not in self.VOID:
-            self._open.append(tag)
-        for name, value in attrs:
-            words = (value or "").split()
-            self.ids += words if name == "id" else []
-            self.used += words if name == "aria-labelledby" else []
-            self.targets += words if name in ("src", "href", "xlink:href") else []
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self._open.pop()
 
 
 def test_the_page_is_whole_and_needs_nothing_from_outside(page: str):
@@ -334,184 +293,6 @@ def test_a_run_in_progress_is_read_up_to_its_last_whole_step(tmp_path: Path):
             '{"label": "sft", "step": 4, "loss": null}\n{"label": "iteration 1", "step": 1, "loss": 0.5}\n{"lab'
         )
     assert read.read(tmp_path).losses == (("sft", (1.0, 0.5, 1 / 3)), ("iteration 1", (0.5,)))
-
-
-def test_the_flow_counts_prompts_between_turns():
-    ways = [Way(pattern="wrr", count=5), Way(pattern="rwr", count=2), Way(pattern="w", count=1)]
-    # the last chain ended early and keeps its wrong answer
-    assert [dict(step) for step in flow.steps(ways)] == [{"wr": 5, "rw": 2, "ww": 1}, {"rr": 5, "wr": 2, "ww": 1}]
-
-
-@given(st.lists(st.floats(0, 1), max_size=8), st.floats(0.01, 0.3))
-def test_labels_are_pushed_apart_and_keep_their_order(values: list[float], gap: float):
-    moved = drawing.apart(values, gap)
-    for place, value in enumerate(values):
-        for other, next_value in enumerate(values):
-            if value < next_value:
-                assert moved[other] - moved[place] > 0.9 * gap
-
-
-def test_word_diff_worked_by_hand():
-    assert word_diff("the old cat sat", "the cat sat\ndown") == [
-        ("same", "the "),
-        ("removed", "old"),
-        ("gap", " "),
-        ("same", "cat sat\n"),
-        ("added", "down"),
-    ]
-    assert word_diff("one two", "one") == [("same", "one"), ("gap", " "), ("removed", "two"), ("gap", " ")]
-    assert word_diff("same", "same") == [("same", "same")]
-
-
-@given(st.text(alphabet="ab 世\n", max_size=30), st.text(alphabet="ab 世\n", max_size=30))
-def test_same_and_added_words_are_the_new_text_and_removed_ones_were_in_the_old(old: str, new: str):
-    pieces = word_diff(old, new)
-    assert "".join(text for change, text in pieces if change in ("same", "added")) == new
-    assert all(text in old for change, text in pieces if change == "removed")
-    assert not any(text == "" for _, text in pieces)
-
-
-def shown_in(width: int, *what: object) -> str:
-    console = Console(width=width, no_color=True)
-    with console.capture() as capture:
-        console.print(*what)
-    return capture.get()
-
-
-def test_the_terminal_shows_the_turns_of_every_model():
-    summary = summary_of(chains(2, 20, 78), chains(0, 0, 100), chains(30, 2, 68))
-    text = shown_in(120, terminal.turn_table(summary))
-    for label in LABELS:
-        assert label in text
-    # 98 of 100 right: Wilson 93.0 to 99.4, half of it 3.2
-    assert "98.0" in text and "±3.2" in text and "+28.0" in text and "−18.0" in text
-    assert max(len(line) for line in text.splitlines()) <= 80  # an ordinary terminal shows it whole
-
-
-def test_the_terminal_diff_does_not_depend_on_colour():
-    text = terminal.diff("a b", "a c")
-    assert text.plain == "a b c"
-    styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans if span.style}
-    assert "strike" in styles["b"] and "underline" in styles["c"]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(3.21, "3.2 s"), (59.99, "1 min 00 s"), (312.4, "5 min 12 s"), (7500, "2 h 05 min")],
-)
-def test_durations_read_easily(seconds: float, text: str):
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(("p", "text"), [(0.031, "0.031"), (1.0, "1.000"), (2.4e-11, "2·10⁻¹¹"), (0.0, "<10⁻⁹⁹")])
-def test_small_p_values_read_easily(p: float, text: str):
-    assert p_value(p) == text
-
-
-def test_memory_and_lists_read_easily():
-    assert (memory(640.4), memory(3277)) == ("640 MiB", "3.2 GiB")
-    assert (listing([]), listing(["a"]), listing(["a", "b", "c"])) == ("", "a", "a, b and c")
-
-
-# report and compare, the verbs
-
-
-def test_report_prints_the_verdict_and_writes_the_page(tmp_path: Path):
-    runs = [chains(30, 2, 68)]
-    run_folder.write(tmp_path, summary_of(*runs, training=[], stages=[]), runs)
-    done = CliRunner().invoke(app, ["report", str(tmp_path)])
-    assert done.exit_code == 0, done.output
-    assert done.stdout.startswith("It refines: turn 2 is right 28.0 points more often than turn 1")
-    assert str(tmp_path / "report.html") in done.stdout and (tmp_path / "report.html").is_file()
-    printed = CliRunner().invoke(app, ["report", str(tmp_path), "--json"])
-    assert Study.model_validate_json(printed.stdout) == read.study_of(tmp_path)
-    lacking = CliRunner().invoke(app, ["report", str(tmp_path / "none")])
-    assert lacking.exit_code == 2 and "There is no such folder" in lacking.stderr
-
-
-def a_run(folder: Path, attempts: list[Attempt], seed: int = 0, rate: float = 0.1) -> Path:
-    config = (
-        f"recipe: evolve\nseed: {seed}\nrate: {rate}\noutput_dir: {folder}\ntask: {{name: keywords, seed: {seed}}}\n"
-    )
-    summary = summary_of(attempts, name=folder.name, seed=seed)
-    return run_folder.write(folder, summary, [attempts], [direct([[True, False]] * len(attempts))], config)
-
-
-@pytest.fixture
-def arm_runs(tmp_path: Path) -> list[Path]:
-    """Two seeds of one config, and one run of another that refines less."""
-    good = [a_run(tmp_path / f"good-{seed}", chains(30, 2 + seed, 68 - seed), seed) for seed in (0, 1)]
-    return [*good, a_run(tmp_path / "plain", chains(5, 5, 90), rate=0.2)]
-
-
-def test_runs_that_differ_only_in_their_seed_are_one_arm(arm_runs: list[Path]):
-    first, second, plain = arm_runs
-    found, notes = reports.arms_of(arm_runs, [])
-    assert found == {"good-0": [first, second], "plain": [plain]}
-    assert len(notes) == 1 and "differ only in their seed: one arm, good-0" in notes[0]
-    named, notes = reports.arms_of([plain], [f"both={first},{second}"])
-    assert named == {"both": [first, second], "plain": [plain]} and notes == []
-    alone, notes = reports.arms_of([first, second], [])
-    assert alone == {"good-0": [first], "good-1": [second]} and "between seeds" in notes[0]
-
-
-def test_equal_names_and_equal_seeds_stay_apart(tmp_path: Path):
-    one, two = (a_run(tmp_path / place / "demo", chains(5, 5, 90)) for place in ("a", "b"))
-    assert reports.arms_of([one, two], [])[0] == {"demo": [one], "b/demo": [two]}
-
-
-@pytest.mark.parametrize(
-    ("explicit", "what"),
-    [(["x"], "not of the form"), (["x=good-0", "x=plain"], "same name"), (["x=good-0,good-0"], "given twice")],
-)
-def test_arms_that_make_no_sense_are_named(
-    arm_runs: list[Path], explicit: list[str], what: str, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.chdir(arm_runs[0].parent)
-    with pytest.raises(RunError, match=what):
-        reports.arms_of([], explicit)
-
-
-def test_compare_writes_a_page_and_prints_tables(arm_runs: list[Path], tmp_path: Path):
-    output = tmp_path / "both.html"
-    wanted = ["compare", *map(str, arm_runs), "--output", str(output), "--against", "plain"]
-    done = CliRunner().invoke(app, wanted, env={"COLUMNS": "160"})
-    assert done.exit_code == 0, done.output
-    for told in ("one arm, good-0", "+27.5", "vote", "bootstrap", str(output)):
-        assert told in done.stdout.replace("\n", ""), told
-    page = output.read_text()
-    outline = Outline(page)
-    assert set(outline.used) <= set(outline.ids) and "http" not in page
-    assert re.findall(r'<section aria-labelledby="(\w+)"', page) == ["curves", "contrasts", "arms", "how"]
-    found = Comparison.model_validate_json(CliRunner().invoke(app, [*wanted, "--json"]).stdout)
-    assert [arm.name for arm in found.arms] == ["plain", "good-0"]
-    assert {contrast.before for contrast in found.contrasts} == {"plain"}
-    wrong = CliRunner().invoke(app, [*wanted[:-1], "nobody"])
-    assert wrong.exit_code == 2 and "Choose one of: good-0, plain" in wrong.stderr
-
-
-def test_holm_counts_only_the_contrasts_that_are_shown(arm_runs: list[Path], tmp_path: Path):
-    worse = a_run(tmp_path / "worse", chains(2, 20, 78), rate=0.3)
-    _, found, _, _ = reports.side_by_side([*arm_runs, worse], [], None, tmp_path / "page.html")
-    assert {(c.before, c.after) for c in found.contrasts} == {("good-0", "plain"), ("good-0", "worse")}
-    least = min(found.contrasts, key=lambda contrast: contrast.p_value)
-    assert least.p_holm == pytest.approx(len(found.contrasts) * least.p_value)
-
-
-def test_the_curve_of_an_arm_is_the_mean_of_its_runs(arm_runs: list[Path]):
-    loaded = {"good": [reports.last_model(folder) for folder in arm_runs[:2]]}
-    (curve,) = arms.curves(loaded)
-    # right at first: 2 + 68 and 3 + 67 of 100; at last: 30 + 68 and 30 + 67 of 100
-    assert [estimate.value for estimate in curve.accuracy] == pytest.approx([0.70, 0.975])
-    assert (curve.fixed.value, curve.broken.value) == pytest.approx((0.30, 0.025))
-    assert curve.accuracy[0].how == "bootstrap over seeds and prompts"
-    assert curve.tokens == (2, 4)
-
-
-def test_a_run_without_measurements_cannot_be_compared(tmp_path: Path, arm_runs: list[Path]):
-    empty = run_folder.write(tmp_path / "empty", summary_of(), [])
-    with pytest.raises(RunError, match="Nothing has been measured yet"):
-        reports.side_by_side([arm_runs[0], empty], [], None, tmp_path / "page.html")
 
 
 def test_the_summary_is_read_as_it_was_written(run: Path):

@@ -18,18 +18,10 @@
 enum { ROWS = 16, STEP = 32 };
 _Static_assert(STEP % STRIP == 0, "blocks of keys end where slots may");
 
-static inline int on_tiles(void) {
-#ifdef TILES
-    return tiles_allowed();
-#else
-    return 0;
-#endif
-}
-
 /* Keys and values of n tokens, heads of width d at k + i * stride, into their places. */
 void keep(int64_t n, int64_t heads, int64_t d, int64_t stride, const real *k, const real *v, const int64_t *slot,
           const int64_t *place, int64_t length, int64_t width, real *keys, real *values) {
-    const int64_t pair = on_tiles() ? 2 : 1, block = on_tiles() ? 16 : STRIP;
+    const int64_t pair = tiles_allowed() ? 2 : 1, block = tiles_allowed() ? 16 : STRIP;
 #pragma omp parallel for schedule(static) if (n * heads * d > 4096)
     for (int64_t i = 0; i < n; i++)
         for (int64_t h = 0; h < heads; h++) {
@@ -185,7 +177,7 @@ int attend(int64_t n, const run *runs, int64_t heads, int64_t kv_heads, int64_t 
             int64_t span = b.last - b.first, head = (of->slot * kv_heads + h) * length + b.first;
             b.scores = scratch, b.sums = scratch + ROWS * most;
             b.wide = b.sums + ROWS * width, b.q = (real *)b.wide;
-            b.weights = on_tiles() ? b.q + ROWS * width : NULL;
+            b.weights = tiles_allowed() ? b.q + ROWS * width : NULL;
             memset(b.wide, 0, (size_t)(ROWS * width) * sizeof(float));
             for (int r = 0; r < b.rows; r++) {
                 int64_t token = of->flat + (begin + r) / groups, g = (begin + r) % groups;

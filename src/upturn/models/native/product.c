@@ -192,10 +192,4 @@ int product(int64_t n, int64_t rows, int64_t depth, const real *x, const real *p
 }
 #endif
 
-int has_tiles(void) {
-#ifdef TILES
-    return tiles_allowed();
-#else
-    return 0;
-#endif
-}
+int has_tiles(void) { return tiles_allowed(); }

@@ -1,0 +1,215 @@
+"""A task of one's own data: files and hub, verifiers by name, and what is said of bad data."""
+
+from __future__ import annotations
+
+import math as arithmetic
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from task_files import needs_math_verify, write
+
+from upturn.errors import ConfigError, DataError
+from upturn.tasks import data
+from upturn.tasks._base import Task
+from upturn.types import Prompt
+
+
+def texts(task: Task, split: Any) -> list[str]:
+    return [prompt.text for prompt in task.prompts(split, 0, 10**6)]
+
+
+class TestData:
+    @pytest.mark.parametrize(
+        ("verifier", "reference", "answer", "right"),
+        [
+            ("match", "Paris", " paris.\n", True),
+            ("match", "Paris", "It is Paris.", False),
+            ("contains", "Paris", "It is Paris.", True),
+            ("contains", "Paris", "Parisian life", False),
+            ("contains", "C++ (new)", "I like c++ (new), yes", True),
+            ("number", 1000, "so $1,000.00.", True),
+            ("number", "7", "8", False),
+            pytest.param("math", "\\frac12", "\\boxed{0.5}", True, marks=needs_math_verify),
+            ("python:operator.eq", "x", "x", None),
+        ],
+    )
+    def test_a_verifier_by_name(self, tmp_path: Path, verifier: str, reference: Any, answer: str, right: bool):
+        path = write(tmp_path / "test.jsonl", {"prompt": "Where?", "answer": reference})
+        task = data.load(data.Config(data=str(path), verifier=verifier))
+        [prompt] = task.prompts("test", 0, 5)
+        if right is None:  # operator.eq takes two arguments, and is called with three
+            with pytest.raises(DataError, match=rf"prompt {prompt.id}\n    It raised TypeError"):
+                task.grade(prompt, answer)
+        else:
+            assert task.grade(prompt, answer).right == right
+
+    def test_a_verifier_of_ones_own_sees_prompt_answer_and_reference(self, tmp_path: Path, own: ModuleType):
+        own.judge = lambda prompt, answer, reference: 0.5 if answer == reference + prompt else 1  # pyright: ignore
+        path = write(tmp_path / "test.jsonl", {"prompt": "q", "answer": "r"})
+        task = data.load(data.Config(data=str(path), verifier="python:own_verifier.judge"))
+        [prompt] = task.prompts("test", 0, 1)
+        half, full = task.grade(prompt, "rq"), task.grade(prompt, "other")
+        assert (half.value, half.right, full.value, full.right) == (0.5, False, 1.0, True)
+
+    @pytest.mark.parametrize(("value", "what"), [(2, "gave 2.0"), (arithmetic.nan, "gave nan"), ("x", "ValueError")])
+    def test_an_odd_value_of_ones_own_verifier_is_named(self, tmp_path: Path, own: ModuleType, value: Any, what: str):
+        own.judge = lambda *_: value  # pyright: ignore
+        path = write(tmp_path / "test.jsonl", {"prompt": "q", "answer": "r"})
+        task = data.load(data.Config(data=str(path), verifier="python:own_verifier.judge"))
+        with pytest.raises(DataError, match=what):
+            task.grade(task.prompts("test", 0, 1)[0], "a")
+
+    def test_a_verifier_that_cannot_be_imported_is_a_config_error(self, tmp_path: Path):
+        path = write(tmp_path / "test.jsonl", {"prompt": "q", "answer": "r"})
+        with pytest.raises(ConfigError, match="cannot be imported"):
+            data.load(data.Config(data=str(path), verifier="python:nowhere_at_all.judge"))
+
+    def test_an_unknown_verifier_is_refused(self):
+        with pytest.raises(ValueError, match="verifier"):
+            data.Config(data="x", verifier="exactly")
+
+    def test_without_a_verifier_no_answer_is_read_and_scores_are_nan(self, tmp_path: Path):
+        path = write(tmp_path / "test.jsonl", {"prompt": "Tell me."})
+        task = data.load(data.Config(data=str(path), verifier="none"))
+        score = task.grade(task.prompts("test", 0, 1)[0], "Well.")
+        assert arithmetic.isnan(score.value)
+        assert not score.right
+
+    def test_one_file_is_split_by_hash_and_rows_added_later_move_nothing(self, tmp_path: Path):
+        rows = [{"prompt": f"q{i}", "answer": "a"} for i in range(500)]
+        path = write(tmp_path / "some.jsonl", *rows)
+        config = data.Config(data=str(path), test_share=0.2)
+        train, test = texts(data.load(config), "train"), texts(data.load(config), "test")
+        assert len(train) + len(test) == 500
+        assert 70 < len(test) < 130
+        write(path, {"prompt": "new", "answer": "a"}, *rows)
+        assert set(test) <= set(texts(data.load(config), "test"))
+
+    def test_a_prompt_of_both_parts_stays_in_the_test_split_only(self, tmp_path: Path):
+        rows = [{"prompt": text, "answer": "a"} for text in ("x", "y", "x")]
+        write(tmp_path / "train.jsonl", *rows)
+        write(tmp_path / "test.jsonl", {"prompt": "x", "answer": "a"})
+        task = data.load(data.Config(data=str(tmp_path)))
+        assert (texts(task, "train"), texts(task, "test")) == (["y"], ["x"])
+
+    def test_test_data_is_the_test_split(self, tmp_path: Path):
+        train = write(tmp_path / "a.jsonl", *({"prompt": f"q{i}", "answer": "a"} for i in range(100)))
+        test = write(tmp_path / "b.jsonl", *({"prompt": f"q{i}", "answer": "a"} for i in range(90, 120)))
+        task = data.load(data.Config(data=str(train), test_data=str(test)))
+        assert sorted(texts(task, "test")) == sorted(f"q{i}" for i in range(90, 120))
+        assert sorted(texts(task, "train")) == sorted(f"q{i}" for i in range(90))
+
+    def test_places_follow_the_file_and_end_with_it(self, tmp_path: Path):
+        path = write(tmp_path / "test.jsonl", *({"prompt": f"q{i}", "answer": "a"} for i in range(10)))
+        task = data.load(data.Config(data=str(path)))
+        assert [prompt.text for prompt in task.prompts("test", 8, 5)] == ["q8", "q9"]
+        assert len({prompt.id for prompt in task.prompts("test", 0, 10)}) == 10
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module of the user's own."""
+    module = ModuleType("own_verifier")
+    monkeypatch.setitem(sys.modules, "own_verifier", module)
+    return module
+
+
+class TestBadData:
+    good: dict[str, str] = {"prompt": "q", "answer": "a"}  # noqa: RUF012
+
+    def error(self, path: Path, **values: Any) -> DataError:
+        with pytest.raises(DataError) as caught:
+            data.load(data.Config(data=str(path), **values)).prompts("train", 0, 1)
+        return caught.value
+
+    @pytest.mark.parametrize(
+        ("bad", "what"),
+        [
+            ("{broken", "This is not JSON"),
+            ("[1]", "not a JSON object"),
+            ({"promt": "q", "answer": "a"}, "'prompt' is missing; there is: promt."),
+            ({"prompt": "q"}, "'answer' is missing"),
+            ({"prompt": "  ", "answer": "a"}, "The prompt in 'prompt' is empty."),
+            ({"prompt": "q", "answer": " "}, "There is no answer in 'answer'."),
+            ({"prompt": ["q"], "answer": "a"}, "The field 'prompt' is not text."),
+        ],
+    )
+    def test_the_first_bad_line_is_named_and_all_are_counted(self, tmp_path: Path, bad: Any, what: str):
+        path = write(tmp_path / "train.jsonl", self.good, "", bad, self.good, "{")
+        error = self.error(path)
+        assert error.where == f"{path}, line 3"
+        assert what in error.what
+        assert "2 of 4 records have problems" in error.what
+
+    def test_bytes_that_are_no_text(self, tmp_path: Path):
+        path = tmp_path / "train.jsonl"
+        path.write_bytes(b'{"prompt": "\xff"}\n')
+        assert self.error(path).where.endswith("line 1")
+
+    def test_an_empty_file(self, tmp_path: Path):
+        assert "not one record" in self.error(write(tmp_path / "some.jsonl", "", " ")).what
+
+    def test_a_missing_file_names_the_nearest(self, tmp_path: Path):
+        write(tmp_path / "squad" / "train.jsonl", self.good)
+        assert f"Did you mean '{tmp_path / 'squad'}'?" in self.error(tmp_path / "squat" / "train.jsonl").mend
+        assert "train.jsonl'?" in self.error(tmp_path / "squad" / "trian.jsonl").mend
+
+    def test_a_folder_without_data(self, tmp_path: Path):
+        write(tmp_path / "train.json", self.good)
+        error = self.error(tmp_path)
+        assert "neither train.jsonl nor test.jsonl" in error.what
+        assert "train.json'?" in error.mend
+
+    def test_a_missing_part(self, tmp_path: Path):
+        assert "no train part" in self.error(write(tmp_path / "test.jsonl", self.good)).what
+
+    def test_a_prompt_from_other_data_has_no_reference(self, tmp_path: Path):
+        task = data.load(data.Config(data=str(write(tmp_path / "test.jsonl", self.good))))
+        with pytest.raises(DataError, match="not in the data"):
+            task.grade(Prompt("elsewhere", "?"), "a")
+
+
+class TestHub:
+    """The hub's library is a door to the network, so it is stood in for."""
+
+    def give(self, monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+        def load_dataset(name: str, subset: str | None) -> Any:
+            if isinstance(answer, Exception):
+                raise answer
+            assert (name, subset) == ("some/data", None)
+            return answer
+
+        exceptions = ModuleType("datasets.exceptions")
+        exceptions.DatasetsError = type("DatasetsError", (Exception,), {})  # pyright: ignore
+        library = SimpleNamespace(load_dataset=load_dataset, exceptions=exceptions)
+        monkeypatch.setitem(sys.modules, "datasets", library)
+        monkeypatch.setitem(sys.modules, "datasets.exceptions", exceptions)
+
+    def test_its_train_and_test_splits_are_read(self, monkeypatch: pytest.MonkeyPatch):
+        rows = [{"prompt": f"q{i}", "answer": "a"} for i in range(5)]
+        self.give(monkeypatch, {"train": rows[:3], "test": rows[3:], "other": []})
+        task = data.load(data.Config(data="some/data"))
+        assert (texts(task, "train"), texts(task, "test")) == (["q0", "q1", "q2"], ["q3", "q4"])
+
+    def test_a_bad_row_is_named(self, monkeypatch: pytest.MonkeyPatch):
+        self.give(monkeypatch, {"train": [{"prompt": "q", "answer": "a"}, {"prompt": "", "answer": "a"}]})
+        with pytest.raises(DataError, match="some/data, train row 2"):
+            data.load(data.Config(data="some/data"))
+
+    def test_other_splits_are_named(self, monkeypatch: pytest.MonkeyPatch):
+        self.give(monkeypatch, {"dev": []})
+        with pytest.raises(DataError, match="only the splits dev"):
+            data.load(data.Config(data="some/data"))
+
+    def test_an_unreachable_hub_is_a_data_error(self, monkeypatch: pytest.MonkeyPatch):
+        self.give(monkeypatch, ConnectionError("no route"))
+        with pytest.raises(DataError, match="Check the name and the network"):
+            data.load(data.Config(data="some/data"))
+
+    def test_a_missing_library_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(DataError, match=r"pip install 'upturn\[hub\]'"):
+            data.load(data.Config(data="some/data"))

@@ -1,0 +1,118 @@
+"""`upturn report` and `upturn compare`: what they print and write, and how runs become arms."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import run_folder
+from outline import Outline
+from run_folder import chains, direct, summary_of
+from typer.testing import CliRunner
+
+from upturn.cli import reports
+from upturn.cli.main import app
+from upturn.errors import RunError
+from upturn.evaluation.compare import Comparison
+from upturn.evaluation.study import Study
+from upturn.report import arms, read
+from upturn.types import Attempt
+
+
+def test_report_prints_the_verdict_and_writes_the_page(tmp_path: Path):
+    runs = [chains(30, 2, 68)]
+    run_folder.write(tmp_path, summary_of(*runs, training=[], stages=[]), runs)
+    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("It refines: turn 2 is right 28.0 points more often than turn 1")
+    assert str(tmp_path / "report.html") in done.stdout and (tmp_path / "report.html").is_file()
+    printed = CliRunner().invoke(app, ["report", str(tmp_path), "--json"])
+    assert Study.model_validate_json(printed.stdout) == read.study_of(tmp_path)
+    lacking = CliRunner().invoke(app, ["report", str(tmp_path / "none")])
+    assert lacking.exit_code == 2 and "There is no such folder" in lacking.stderr
+
+
+def a_run(folder: Path, attempts: list[Attempt], seed: int = 0, rate: float = 0.1) -> Path:
+    config = (
+        f"recipe: evolve\nseed: {seed}\nrate: {rate}\noutput_dir: {folder}\ntask: {{name: keywords, seed: {seed}}}\n"
+    )
+    summary = summary_of(attempts, name=folder.name, seed=seed)
+    return run_folder.write(folder, summary, [attempts], [direct([[True, False]] * len(attempts))], config)
+
+
+@pytest.fixture
+def arm_runs(tmp_path: Path) -> list[Path]:
+    """Two seeds of one config, and one run of another that refines less."""
+    good = [a_run(tmp_path / f"good-{seed}", chains(30, 2 + seed, 68 - seed), seed) for seed in (0, 1)]
+    return [*good, a_run(tmp_path / "plain", chains(5, 5, 90), rate=0.2)]
+
+
+def test_runs_that_differ_only_in_their_seed_are_one_arm(arm_runs: list[Path]):
+    first, second, plain = arm_runs
+    found, notes = reports.arms_of(arm_runs, [])
+    assert found == {"good-0": [first, second], "plain": [plain]}
+    assert len(notes) == 1 and "differ only in their seed: one arm, good-0" in notes[0]
+    named, notes = reports.arms_of([plain], [f"both={first},{second}"])
+    assert named == {"both": [first, second], "plain": [plain]} and notes == []
+    alone, notes = reports.arms_of([first, second], [])
+    assert alone == {"good-0": [first], "good-1": [second]} and "between seeds" in notes[0]
+
+
+def test_equal_names_and_equal_seeds_stay_apart(tmp_path: Path):
+    one, two = (a_run(tmp_path / place / "demo", chains(5, 5, 90)) for place in ("a", "b"))
+    assert reports.arms_of([one, two], [])[0] == {"demo": [one], "b/demo": [two]}
+
+
+@pytest.mark.parametrize(
+    ("explicit", "what"),
+    [(["x"], "not of the form"), (["x=good-0", "x=plain"], "same name"), (["x=good-0,good-0"], "given twice")],
+)
+def test_arms_that_make_no_sense_are_named(
+    arm_runs: list[Path], explicit: list[str], what: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(arm_runs[0].parent)
+    with pytest.raises(RunError, match=what):
+        reports.arms_of([], explicit)
+
+
+def test_compare_writes_a_page_and_prints_tables(arm_runs: list[Path], tmp_path: Path):
+    output = tmp_path / "both.html"
+    wanted = ["compare", *map(str, arm_runs), "--output", str(output), "--against", "plain"]
+    done = CliRunner().invoke(app, wanted, env={"COLUMNS": "160"})
+    assert done.exit_code == 0, done.output
+    for told in ("one arm, good-0", "+27.5", "vote", "bootstrap", str(output)):
+        assert told in done.stdout.replace("\n", ""), told
+    page = output.read_text()
+    outline = Outline(page)
+    assert set(outline.used) <= set(outline.ids) and "http" not in page
+    assert re.findall(r'<section aria-labelledby="(\w+)"', page) == ["curves", "contrasts", "arms", "how"]
+    found = Comparison.model_validate_json(CliRunner().invoke(app, [*wanted, "--json"]).stdout)
+    assert [arm.name for arm in found.arms] == ["plain", "good-0"]
+    assert {contrast.before for contrast in found.contrasts} == {"plain"}
+    wrong = CliRunner().invoke(app, [*wanted[:-1], "nobody"])
+    assert wrong.exit_code == 2 and "Choose one of: good-0, plain" in wrong.stderr
+
+
+def test_holm_counts_only_the_contrasts_that_are_shown(arm_runs: list[Path], tmp_path: Path):
+    worse = a_run(tmp_path / "worse", chains(2, 20, 78), rate=0.3)
+    _, found, _, _ = reports.side_by_side([*arm_runs, worse], [], None, tmp_path / "page.html")
+    assert {(c.before, c.after) for c in found.contrasts} == {("good-0", "plain"), ("good-0", "worse")}
+    least = min(found.contrasts, key=lambda contrast: contrast.p_value)
+    assert least.p_holm == pytest.approx(len(found.contrasts) * least.p_value)
+
+
+def test_the_curve_of_an_arm_is_the_mean_of_its_runs(arm_runs: list[Path]):
+    loaded = {"good": [reports.last_model(folder) for folder in arm_runs[:2]]}
+    (curve,) = arms.curves(loaded)
+    # right at first: 2 + 68 and 3 + 67 of 100; at last: 30 + 68 and 30 + 67 of 100
+    assert [estimate.value for estimate in curve.accuracy] == pytest.approx([0.70, 0.975])
+    assert (curve.fixed.value, curve.broken.value) == pytest.approx((0.30, 0.025))
+    assert curve.accuracy[0].how == "bootstrap over seeds and prompts"
+    assert curve.tokens == (2, 4)
+
+
+def test_a_run_without_measurements_cannot_be_compared(tmp_path: Path, arm_runs: list[Path]):
+    empty = run_folder.write(tmp_path / "empty", summary_of(), [])
+    with pytest.raises(RunError, match="Nothing has been measured yet"):
+        reports.side_by_side([arm_runs[0], empty], [], None, tmp_path / "page.html")
