@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3Config
 
 from upturn.engines import local, sampling
-from upturn.models import chat, load, policy
+from upturn.models import _slow, chat, load, policy
 from upturn.strategies import chain
 from upturn.tasks import carry as task_of_carry
 from upturn.types import Draft, Requests
@@ -29,10 +29,12 @@ def carry() -> load.Loaded:
     return load.load("carry", "float32", device="cuda")
 
 
-def drafts(loaded: load.Loaded, model: Any = None, *, temperature: float = 0.7, **how: Any) -> tuple[Run, local.Local]:
+def drafts(
+    loaded: load.Loaded, model: Any = None, *, temperature: float = 0.7, top_p: float = 1.0, **how: Any
+) -> tuple[Run, local.Local]:
     task = task_of_carry.load(task_of_carry.Config())
     talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests(task.refine_request))
-    cfg = sampling.Config(temperature=temperature, max_new_tokens=24)
+    cfg = sampling.Config(temperature=temperature, top_p=top_p, max_new_tokens=24)
     engine = local.Local(model or loaded.model, talk, cfg, seed=3, **how)
     prompts = task.prompts("train", 0, 96)
     found = [list(a.drafts) for a in engine.run(prompts, partial(chain.generate, cfg=chain.Config(turns=3)))]
@@ -52,6 +54,15 @@ def test_no_draft_depends_on_speculation_batch_or_graph(carry: load.Loaded, temp
     assert any(size.replay for size in engine._ready._lasting[1]._sizes.values())  # type: ignore[index]
     for how in ({"speculate": False, "slots": 80}, {"slots": 3}):
         assert _ids(drafts(carry, temperature=temperature, **how)[0]) == _ids(found)
+
+
+def test_a_nucleus_is_not_captured(carry: load.Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for the device; a capture that fails would keep its memory."""
+    said: list[str] = []
+    monkeypatch.setattr(_slow.progress, "say", said.append)
+    _, engine = drafts(carry, slots=32, top_p=0.9)
+    assert not any(size.replay for size in engine._ready._lasting[1]._sizes.values())  # type: ignore[index]
+    assert not said
 
 
 def test_drafts_are_those_of_a_cpu(carry: load.Loaded) -> None:

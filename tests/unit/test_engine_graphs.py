@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from upturn.engines import _graphs, sampling
 from upturn.engines._graphs import GpuSlots
 from upturn.engines._slots import Slots
 from upturn.errors import ModelError
@@ -44,14 +45,22 @@ def test_copies_that_wait_end_as_those_done_at_once(plain_layout: None) -> None:
 
 
 def test_a_large_cache_grows_by_steps(plain_layout: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from upturn.engines import _graphs
-
     slots = GpuSlots(CONFIG, 2, torch.empty(0), 64)
     slots.reserve(65)
     assert slots.length == 128
     monkeypatch.setattr(_graphs, "SMALL", 0)
     slots.reserve(129)
     assert slots.length == 160
+
+
+def test_a_nucleus_is_not_captured() -> None:
+    """To choose from it waits for the device, and a capture that fails would keep its memory."""
+    passes: Any = _graphs.GraphPasses(nn.Module(), GpuSlots(CONFIG, 2, torch.empty(0), 64), sampling.Config(top_p=0.9))
+    size = _graphs._Size(torch.empty(0), 8, 8)
+    for _ in range(_graphs.SEEN):
+        passes._capture(size)
+    assert size.replay is None
+    assert passes._captures, "not tried"
 
 
 def test_joined_weights_follow_those_of_the_layers() -> None:
@@ -86,8 +95,10 @@ def test_without_room_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None
     said: list[str] = []
     monkeypatch.setattr(_gpu_layer._memory, "free_on", lambda device: 1000)
     monkeypatch.setattr(_gpu_layer._slow.progress, "say", said.append)
-    assert not _gpu_layer.gpu_layers(LlamaForCausalLM(CONFIG), {})
-    assert len(said) == 1
+    model = LlamaForCausalLM(CONFIG)
+    assert not _gpu_layer.gpu_layers(model, {})
+    assert not _gpu_layer.gpu_layers(model, {})
+    assert len(said) == 1, "once for all runs"
 
 
 def test_heads_that_the_config_does_not_promise_are_refused() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -105,6 +107,43 @@ def test_captured_layers_learn_the_same(graphs: _graphed.Graphs, monkeypatch: py
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert sorted(size for _, size, _ in graphs.made) == [*SIZES]
     assert graphs.number == 4, "the first batch of a size is not captured"
+
+
+def test_a_captured_pass_has_leaves_of_its_own(graphs: _graphed.Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that is alive holds nodes of the parameters, made on another stream than that of the capture."""
+    asked, grad = list[Any](), torch.autograd.grad
+
+    def noted(out: Any, of: Any, *g: Any) -> Any:
+        asked.extend(of if g else ())
+        return grad(out, of, *g)
+
+    monkeypatch.setattr(torch.autograd, "grad", noted)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    for seed in range(3):
+        learnt(model, forest(seed))
+    parameters = {weight.data_ptr(): weight for weight in model.parameters()}
+    shared = [parameters[leaf.data_ptr()] for leaf in asked if leaf.data_ptr() in parameters]
+    assert len(shared) == 3 * 9 * SHAPE["num_hidden_layers"], "once captured, twice replayed"
+    assert not {*map(id, asked)} & {*map(id, parameters.values())}
+
+
+@pytest.mark.usefixtures("graphs")
+def test_graphs_go_when_the_training_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        AgainAndAgain, "captured", lambda self, work: (work(), lambda: None)
+    )  # as a graph: without work
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    gc.disable()
+    try:
+        with policy.captured_layers():
+            for seed in range(3):
+                learnt(model, forest(seed))
+            [captured] = _graphed._OPEN[-1].made.values()
+            left = [weakref.ref(captured), weakref.ref(captured.graphs)]
+            del captured
+        assert [ref() for ref in left] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("rows", [10, 20])

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from upturn.models import _memory
 
@@ -52,6 +53,28 @@ def test_free_memory_is_that_of_the_tighter_bound(
     monkeypatch.setattr(_memory, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(_memory, "GROUP", tmp_path)
     assert _memory.free() == free
+
+
+def test_what_is_held_for_graphs_is_free_for_nobody_else(monkeypatch: pytest.MonkeyPatch):
+    class Graphs:
+        pass
+
+    device, reserved = torch.device("cuda"), [300]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 4000))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved[0])
+    assert _memory.free_on(device) == 1200
+    graphs = Graphs()
+    for more in (40, 60):
+        with _memory.held_by(graphs, device):
+            reserved[0] += more
+    assert _memory.free_on(device) == 1200
+    with pytest.raises(RuntimeError), _memory.held_by(graphs, device):
+        reserved[0] += 150
+        raise RuntimeError("nothing more")
+    assert _memory.free_on(device) == 1200
+    del graphs
+    assert _memory.free_on(device) == 1450, "torch may give it to anybody"
 
 
 def test_where_nobody_tells_no_memory_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

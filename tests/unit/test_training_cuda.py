@@ -12,7 +12,7 @@ from test_fused_training import COMMON, assert_near, error, forest, learnt, plai
 from test_training import fresh, job
 
 from upturn import numerics, trees
-from upturn.models import _common, _compiled, _flex, _graphed, _output_layer, fused_training, policy
+from upturn.models import _common, _compiled, _flex, _graphed, _memory, _output_layer, fused_training, policy
 from upturn.training import plan, train
 from upturn.training.optimizer import MasterAdamW
 from upturn.types import Sample
@@ -140,6 +140,28 @@ def test_captured_layers_have_the_logprobs_of_those_launched_one_by_one_and_thei
         assert torch.equal(reference, late)
         assert torch.equal(reference, there)
         assert error(grads, expected) < 1e-2
+
+
+def test_a_training_of_several_micro_batches_is_captured_and_leaves_nothing(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The loss of a micro-batch is still alive when the next one is captured."""
+    made = list[_graphed.Graphs]()
+
+    class Recorded(_graphed.Graphs):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(_graphed, "Graphs", Recorded)
+    loaded, entries = fresh(tiny_model, "bfloat16"), list[dict[str, float]]()
+    loaded.model.cuda()
+    train.run(loaded.model, job(loaded, tmp_path, num_train_epochs=6.0, max_tree_tokens=64), entries.append)
+    assert made[-1].works
+    assert made[-1].number > 0
+    assert not made[-1].made
+    assert _memory._OF_GRAPHS.keys() <= {made[-1].pool}, "those of earlier trainings are gone"
+    assert entries[-1]["loss"] < entries[0]["loss"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

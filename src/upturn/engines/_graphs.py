@@ -165,6 +165,8 @@ class GraphPasses:
         if self._where != self.cache.keys.data_ptr():
             self._where = self.cache.keys.data_ptr()
             self._sizes.clear()
+            self._pool = None
+            torch.cuda.empty_cache()  # graphs cannot use what torch holds of the old cache
             self._pool = Pool(self.cache.keys)
 
     def _size(self, tokens: int, asked: int) -> _Size:
@@ -217,7 +219,8 @@ class GraphPasses:
         """Capture a step that was computed often enough; a model that cannot be captured goes on without."""
         key = size.tokens, size.asked
         self._seen[key] += 1
-        if not self._captures or self._seen[key] < SEEN or size.tokens > SIZES[-1]:
+        waits = self.cfg.top_p < 1  # `sampling.choose` then looks whether more than a few tokens are likely
+        if waits or not self._captures or self._seen[key] < SEEN or size.tokens > SIZES[-1]:
             return
         try:
             size.out, size.replay = self._pool.captured(lambda: self._compute(size))

@@ -92,7 +92,8 @@ class Ready:
     def _graphs(self) -> tuple[Slots, Any]:
         from upturn.engines._graphs import GpuSlots, GraphPasses
 
-        addresses = [*(weight.data_ptr() for weight in self._model.parameters()), *map(id, self._held.values())]
+        addresses = [weight.data_ptr() for weight in self._model.parameters()]
+        addresses += [address for layer in self._held.values() for address in layer.addresses()]
         if self._lasting is None or addresses != self._addresses:
             self._lasting = None  # there may be no room for both
             cache = GpuSlots(self._config, self._num_slots, next(self._model.parameters()), self._length)

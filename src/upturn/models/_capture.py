@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upturn.models import _memory
+
 
 class Pool:
     """Memory of graphs that never run at the same time. It is that of torch as long as one of them lives."""
@@ -30,9 +32,9 @@ class Pool:
             self._stream = stream = self._stream or torch.cuda.Stream()
             graph = torch.cuda.CUDAGraph()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
+            with torch.cuda.stream(stream), _memory.held_by(self, self._device):
                 try:
+                    graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
                     out = work()
                     graph.capture_end()
                 except BaseException:

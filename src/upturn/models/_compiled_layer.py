@@ -8,6 +8,7 @@ that log-probs of policy and reference have the same bits: torch would compile a
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,12 @@ class Compiled:
             _compiled.function(work, *key) if is_compiled else work for work in works
         )
         self._halves = _Halves(enter, enter_back, leave, leave_back, eps, layer.self_attn.head_dim)
+
+    def apart(self) -> Compiled:
+        """The same layer over leaves of its own, see `Weights`."""
+        other = copy.copy(self)
+        other.weights = self.weights.apart()
+        return other
 
     def gates_bytes(self, tokens: int) -> int:
         """What the inputs of the gate take."""

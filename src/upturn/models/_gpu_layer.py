@@ -37,12 +37,12 @@ def sampler() -> Any:
 
 def runs(like: Tensor, heads: int, kv_heads: int, width: int) -> bool:
     """Whether the kernels run here for heads of this width; it is said where they do not compile, or find no room."""
-    q, keys = like.new_zeros(1, heads, width), like.new_zeros(1, kv_heads, kernels().KEYS, width)
     tiles = torch.tensor([[0], [0], [0], [1]], dtype=torch.int32, device=like.device)
     try:
+        q, keys = like.new_zeros(1, heads, width), like.new_zeros(1, kv_heads, kernels().KEYS, width)
         kernels().attend(q, tiles, (keys, keys), (1.0, 0.0, 0), torch.empty_like(q))
         sampler().sample(like.new_zeros(1, 8), torch.zeros(1, device=like.device), 1.0)
-    except Exception as fault:  # of the compiler, of the C compiler that it calls, of the driver
+    except Exception as fault:  # of Triton's import, of the compiler, of the C compiler that it calls, of the driver
         _slow.tell_no_kernels(fault)
         return False
     return True
@@ -118,6 +118,10 @@ class GpuLayer:
         """Whether the layer still has the parts whose weights were joined, where and as they were."""
         return all(joined.is_of(parts) for joined, parts in zip(self._joined, _groups(layer), strict=True))
 
+    def addresses(self) -> list[int]:
+        """Where the joined weights lie."""
+        return [joined.address for joined in self._joined]
+
     def refresh(self) -> None:
         """Take over the weights as they are now, where they were before."""
         for joined in self._joined:
@@ -156,6 +160,11 @@ class _Joined:
         biases = packed.biases_of(parts)
         self._bias = torch.cat(biases).detach() if biases else None
 
+    @property
+    def address(self) -> int:
+        """Where the weight lies; its bias came and goes with it."""
+        return self._weight.data_ptr()
+
     def is_of(self, parts: Sequence[nn.Linear]) -> bool:
         """Whether these are the layers, and their weights of the same type on the same device."""
         kinds = {(part.weight.dtype, part.weight.device) for part in parts}
@@ -181,7 +190,7 @@ def gpu_layers(model: nn.Module, held: dict[nn.Module, GpuLayer]) -> dict[nn.Mod
             del held[layer]
     new = [layer for layer in _common.layers_of(model) if layer not in held and _common.is_common(layer)]
     if new and ROOM * sum(map(_joined_bytes, new)) > _memory.free_on(next(new[0].parameters()).device):
-        _slow.tell_no_room()
+        _slow.tell_no_room(model)
         return held
     for layer in new:
         if (how := _computes_the_same(layer)) is not None:

@@ -44,7 +44,7 @@ def kept() -> Iterator[None]:
     try:
         yield
     finally:
-        _OPEN.pop()
+        _OPEN.pop().made.clear()  # they know each other: else their memory would wait for a search for such circles
 
 
 def padded(tree: TokenTree, model: nn.Module) -> TokenTree:
@@ -116,6 +116,7 @@ class Stack:
             graphs.seen[key] += 1
             if graphs.seen[key] >= SEEN:
                 try:
+                    torch.cuda.empty_cache()  # graphs cannot use what torch holds for others
                     graphs.made[key] = _Captured(self._layers, (x, cos, sin, tree), graphs)
                 except Exception as error:  # a layer that waits for the device, or whose kernels cannot be captured
                     graphs.works = False
@@ -132,18 +133,22 @@ class _Captured:
         self.x.requires_grad_()
         self.g = torch.zeros_like(self.x)
         self._mask = _flex.block_mask(tree, None)
-        self.weights = [w for layer in layers for w in layer.weights if w is not None and w.requires_grad]
+        self.weights = [weight for layer in layers for weight in layer.weights.learning()]
         self.graphs = graphs
+        # A loss that is still alive holds nodes of these weights, made on the stream of its own pass. A capture must
+        # wait for no other stream, so it has leaves of its own.
+        apart = [layer.apart() for layer in layers]
+        leaves = [weight for layer in apart for weight in layer.weights.learning()]
 
         def forward() -> Tensor:
             h = self.x[None]
             around = {"position_embeddings": (self.cos[None], self.sin[None]), "upturn_plan": self}
-            for layer in layers:
+            for layer in apart:
                 h = layer(h, **around)
             return h[0]
 
         def backward() -> Tensor:
-            g_x, *grads = torch.autograd.grad(self.out, (self.x, *self.weights), self.g)
+            g_x, *grads = torch.autograd.grad(self.out, (self.x, *leaves), self.g)
             copied(grads, self.grads)
             return g_x
 

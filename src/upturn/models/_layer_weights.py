@@ -29,6 +29,15 @@ class Weights(NamedTuple):
     down: Tensor
     down_bias: Tensor | None
 
+    def apart(self) -> Weights:
+        """The same memory as leaves of their own, which no earlier pass has seen."""
+        leaves = (None if w is None else w.detach().requires_grad_(w.requires_grad) for w in self)
+        return Weights(*leaves)  # type: ignore[arg-type]
+
+    def learning(self) -> list[Tensor]:
+        """Those that get a gradient."""
+        return [weight for weight in self if weight is not None and weight.requires_grad]
+
     def gates_bytes(self, tokens: int) -> int:
         """What the inputs of the gate take."""
         return 2 * tokens * len(self.gate) * self.gate.element_size()

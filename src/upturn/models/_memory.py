@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -13,6 +15,10 @@ GROUP = Path("/sys/fs/cgroup")
 SHARE_OF_FREE = {"cpu": 8, "cuda": 3}
 """What is kept to save work may take one part in so many of the memory that is free. A machine's is shared with others,
 and little of it fits a CPU's caches; a CUDA device computes so fast that making things again shows."""
+
+
+_OF_GRAPHS: WeakKeyDictionary[object, int] = WeakKeyDictionary()
+"""Bytes that torch holds on a CUDA device, by whose graphs they are for."""
 
 
 def may_keep(size: int, device: torch.device) -> bool:
@@ -33,10 +39,21 @@ def free() -> int:
 
 
 def free_on(device: torch.device) -> int:
-    """The same of a CUDA device: what nobody has taken, and what torch holds and does not use."""
+    """The same of a CUDA device: what nobody has taken, and what torch holds and does not use, less that of graphs."""
     if device.type != "cuda":
         return free()
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - sum(_OF_GRAPHS.values())
+    return torch.cuda.mem_get_info(device)[0] + max(0, idle)
+
+
+@contextmanager
+def held_by(graphs: object, device: torch.device) -> Iterator[None]:
+    """What torch takes inside is for graphs alone, as long as that object lives."""
+    before = torch.cuda.memory_reserved(device)
+    try:
+        yield
+    finally:
+        _OF_GRAPHS[graphs] = _OF_GRAPHS.get(graphs, 0) + torch.cuda.memory_reserved(device) - before
 
 
 def _value(file: Path, name: str) -> int:

@@ -15,6 +15,7 @@ from upturn.models.native import ops
 from upturn.tracking import progress
 
 _TOLD: WeakSet[nn.Module] = WeakSet()
+_TOLD_NO_ROOM: WeakSet[nn.Module] = WeakSet()
 
 
 def tell(model: nn.Module, parts: Iterable[nn.Module]) -> None:
@@ -42,8 +43,11 @@ def tell_no_kernels(fault: Exception) -> None:
     progress.say(f"upturn's kernels do not run on this GPU, so generation is slower: {reason(fault)}")
 
 
-def tell_no_room() -> None:
-    """A generation goes on without joined weights."""
+def tell_no_room(model: nn.Module) -> None:
+    """Once for a model: a generation goes on without joined weights."""
+    if model in _TOLD_NO_ROOM:
+        return
+    _TOLD_NO_ROOM.add(model)
     progress.say("too little memory is free on this GPU to join weights, so generation is slower")
 
 
