@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -100,6 +101,32 @@ def test_a_chain_reuses_the_question_and_the_first_draft(loaded: load.Loaded):
         assert (first.parents, second.parents, third.parents) == ((), (0,), (1,))
         assert second.cached_tokens >= first.prompt_tokens + len(first.token_ids) - 1
         assert third.cached_tokens >= first.prompt_tokens
+
+
+class Forgetful(local.Local):
+    """Computes every greedy draft anew."""
+
+    def _finish(self, *of: Any) -> None:
+        super()._finish(*of)
+        self._answers.clear()
+
+
+@pytest.mark.parametrize("slots", [1, 3, 16])
+@pytest.mark.parametrize("strategy", [chain, parallel])
+def test_a_greedy_draft_is_computed_once_for_a_context(loaded: load.Loaded, strategy: Any, slots: int):
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests("again"))
+    engines = [
+        kind(loaded.model, talk, sampling.Config(max_new_tokens=2, temperature=0), seed=0, slots=slots)
+        for kind in (local.Local, Forgetful)
+    ]
+    rule = partial(strategy.generate, cfg=strategy.Config(turns=8))
+    ours, theirs = (engine.run(PROMPTS, rule) for engine in engines)
+    for one, other in zip(ours, theirs, strict=True):
+        assert [d.token_ids for d in one.drafts] == [d.token_ids for d in other.drafts]
+        contexts = {talk.context(one.prompt.text, [one.drafts[place] for place in d.parents]) for d in one.drafts}
+        known = [draft for draft in one.drafts if draft.cached_tokens == draft.prompt_tokens]
+        assert len(known) == len(one.drafts) - len(contexts)
+    assert engines[0].num_tokens_computed < engines[1].num_tokens_computed
 
 
 def test_a_draft_can_be_read_while_it_grows(loaded: load.Loaded):

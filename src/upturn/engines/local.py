@@ -10,6 +10,9 @@ draft is the same with and without speculation, at any temperature, where logits
 rounding, which moves a token only where a uniform number falls within it. In bfloat16 the last bits of a logit depend
 on the batch's shape, so drafts part at near-ties; their distribution is the same. On a CPU with our own products (x86),
 where all layers are of the common kind (`models._common`) and top_p is 1, they do not: drafts are the same to the bit.
+A greedy draft follows from its context alone: a chain that repeats a draft, so comes to a context that it had, gets the
+answer that it had, and siblings share one.
+
 How much is proposed follows from counts and never from a clock: the same run gives the same bytes.
 """
 
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -106,6 +110,7 @@ class Local:
         self._flying: list[Launched] = []
         self._queue: list[tuple[tuple[int, int], Request]] = []  # earlier prompts first: later turns before new ones
         self._on_draft = on_draft
+        self._answers: defaultdict[int, dict[tuple[int, ...], Draft]] = defaultdict(dict)  # greedy ones, by prompt
         self._proposer = Proposer(_propose.COSTS.get(kind_of(self._cache), _propose.NO_SAVING))
         waiting = list(enumerate(prompts))[::-1]
         live: dict[int, asyncio.Task[list[Draft]]] = {}
@@ -121,6 +126,7 @@ class Local:
                 await _settle()
                 for order in [order for order, task in live.items() if task.done()]:
                     drafts[order] = live.pop(order).result()
+                    self._answers.pop(order, None)
         finally:
             for task in live.values():
                 task.cancel()
@@ -167,9 +173,11 @@ class Local:
             self._compact()
 
     def _fill(self, free: list[int]) -> None:
-        """The first requests into these slots. Siblings with one context wait until the first of them is computed."""
-        budget = PREFILL_TOKENS
-        contexts = {slot.request.context for slot in self._slots if slot.request and not slot.request.token_ids}
+        """The first requests into these slots. Siblings with one context wait until it is computed for the first of
+        them, greedy ones until that is done."""
+        budget, is_greedy = PREFILL_TOKENS, self.cfg.temperature == 0
+        running = [slot.request for slot in self._slots if slot.request]
+        contexts = {request.context for request in running if is_greedy or not request.token_ids}
         waiting: list[Request] = []
         if not self._flying and not any(slot.ids for slot in self._slots):
             self._compute_template()
@@ -178,6 +186,8 @@ class Local:
             _, request = heapq.heappop(self._queue)
             if len(request.context) >= self.longest:
                 self._finish(request, "context")
+            elif known := self._answers[request.order[0]].get(request.context):
+                self._repeat(request, known)
             elif request.context in contexts:
                 waiting.append(request)
             else:
@@ -273,6 +283,13 @@ class Local:
         elif request.copying.pointer.source:
             request.copying.pointer = request.copying.pointer.follow(request.token_ids, len(tokens))
 
+    def _repeat(self, request: Request, known: Draft) -> None:
+        """Answer as the same context was answered."""
+        request.token_ids, request.logprobs = [*known.token_ids], [*known.sampler_logprobs]
+        request.cached = len(request.context)
+        self._on_tokens(request.token_ids)
+        self._finish(request, known.finish_reason)
+
     def _finish(self, request: Request, reason: FinishReason) -> None:
         draft = Draft(
             index=request.order[1],
@@ -287,6 +304,8 @@ class Local:
             kind=request.kind,
             request=request.request,
         )
+        if self.cfg.temperature == 0:
+            self._answers[request.order[0]][request.context] = draft
         self._on_draft(draft)
         request.done.set_result(draft)
 

@@ -23,7 +23,7 @@ from upturn.strategies._base import num_drafts
 from upturn.tracking import events, progress
 from upturn.types import GENERIC_CRITIQUE, Prompt, Requests, answers, to_json
 
-VERSIONS = {"generate": 10, "score": 3, "select": 4, "train": 7, "drift": 5}
+VERSIONS = {"generate": 11, "score": 3, "select": 4, "train": 7, "drift": 5}
 """Raised when a step would give another result from the same inputs."""
 _TOLD: Any = dict.fromkeys(("label", "iteration", "n"), True) | {
     "turns": {"__all__": {"turn", "accuracy", "low", "high"}},
