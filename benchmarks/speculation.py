@@ -5,6 +5,8 @@ Turns      so many chains at a time, one slot each; a chain waits at the end of 
            batch that empties, in both arms.
 Refilled   more chains than slots, turns mixed as the engine does it: turn 1 alone, then all turns. What the later
            turns take is the difference, and no turn waits for its slowest chain.
+Known      a greedy chain that has its context again takes its answer from there, in both arms. Such turns take no
+           time, so a refinement's cost is that of the others alone.
 Arms       with and without, by turns in one process, the other one first in every second repeat. Medians over
            repeats. Drafts may differ in bfloat16 (not with AMX), so seconds per token stand beside seconds per draft.
 Clock      wall, or CPU seconds of the process: with one thread these hold on a machine that has other work too.
@@ -105,9 +107,10 @@ def by_turn(s: Setting, prompts: Sequence[Prompt], chains: int, seed: int, *, sp
                 spent[turn][name] += after[name] - before[name]
     drafts = [attempt.drafts for attempt in attempts]
     refined = {name: sum(turn[name] for turn in spent[1:]) for name in spent[0]}
+    computed = [draft for chain_ in drafts for draft in chain_[1:] if draft.cached_tokens < draft.prompt_tokens]
     return {
         "fresh": _rates(spent[0], [chain_[0] for chain_ in drafts]),
-        "refined": _rates(refined, [draft for chain_ in drafts for draft in chain_[1:]]) | _copying(drafts),
+        "refined": _rates(refined, computed) | _copying(drafts),
     }
 
 
