@@ -22,7 +22,8 @@ from upturn.types import Attempt, Requests
 def counts(attempts: list[Attempt]) -> dict[str, int]:
     """Drafts, their tokens, the context tokens that had to be computed, and the (query, key) pairs of both."""
     drafts = [draft for attempt in attempts for draft in attempt.drafts]
-    ends = [(d.cached_tokens, d.prompt_tokens + len(d.token_ids) - 1) for d in drafts]
+    computed = [draft for draft in drafts if draft.cached_tokens < draft.prompt_tokens]  # others were known already
+    ends = [(d.cached_tokens, d.prompt_tokens + len(d.token_ids) - 1) for d in computed]
     return {
         "drafts": len(drafts),
         "tokens": sum(len(draft.token_ids) for draft in drafts),

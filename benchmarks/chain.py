@@ -7,6 +7,7 @@ Ours       all prompts and turns mixed in one batch. A peer answers all prompts 
            turn; the time is that of its calls alone.
 Turns      ours answers turn 1 alone as well; what whole chains take more than that are the later turns.
 Batches    `generate` of transformers tries each of `--batches` once; the fastest is measured.
+Known      a greedy chain of ours that comes to a context again has its answer at once: such drafts count as any other.
 Answers    lengths differ between arms, since each samples for itself: tokens/s stand beside drafts/s.
 """
 

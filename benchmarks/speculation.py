@@ -5,8 +5,8 @@ Turns      so many chains at a time, one slot each; a chain waits at the end of 
            batch that empties, in both arms.
 Refilled   more chains than slots, turns mixed as the engine does it: turn 1 alone, then all turns. What the later
            turns take is the difference, and no turn waits for its slowest chain.
-Known      a greedy chain that has its context again takes its answer from there, in both arms. Such turns take no
-           time, so a refinement's cost is that of the others alone.
+Known      a greedy chain that has its context again takes the answer from there, without a pass and in both arms. It
+           cannot have it in turn 2, so there a refinement's cost is that of turn 2.
 Arms       with and without, by turns in one process, the other one first in every second repeat. Medians over
            repeats. Drafts may differ in bfloat16 (not with AMX), so seconds per token stand beside seconds per draft.
 Clock      wall, or CPU seconds of the process: with one thread these hold on a machine that has other work too.
@@ -106,11 +106,12 @@ def by_turn(s: Setting, prompts: Sequence[Prompt], chains: int, seed: int, *, sp
             for name in spent[turn]:
                 spent[turn][name] += after[name] - before[name]
     drafts = [attempt.drafts for attempt in attempts]
-    refined = {name: sum(turn[name] for turn in spent[1:]) for name in spent[0]}
-    computed = [draft for chain_ in drafts for draft in chain_[1:] if draft.cached_tokens < draft.prompt_tokens]
+    counted = slice(1, 2 if s.how.temperature == 0 else None)
+    refined = {name: sum(turn[name] for turn in spent[counted]) for name in spent[0]}
+    later = _rates(refined, [draft for chain_ in drafts for draft in chain_[counted]])
     return {
         "fresh": _rates(spent[0], [chain_[0] for chain_ in drafts]),
-        "refined": _rates(refined, computed) | _copying(drafts),
+        "refined": later | _copying([chain_[: counted.stop] for chain_ in drafts]),
     }
 
 

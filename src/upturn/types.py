@@ -47,7 +47,7 @@ class Draft:
     prompt_tokens: int
     """Tokens of the context."""
     cached_tokens: int
-    """How many of those were already in the KV cache."""
+    """How many of those were already in the KV cache; all where the draft is that of an equal context."""
     num_tokens_told: int | None = None
     """Tokens generated, where an endpoint tells only their number, or a critique was generated before."""
     kind: Kind = "answer"

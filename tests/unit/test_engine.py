@@ -129,6 +129,17 @@ def test_a_greedy_draft_is_computed_once_for_a_context(loaded: load.Loaded, stra
     assert engines[0].num_tokens_computed < engines[1].num_tokens_computed
 
 
+def test_greedy_prompts_that_are_equal_run_side_by_side(loaded: load.Loaded):
+    talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests("again"))
+    forwards = list[int]()
+    for texts in ("abcdefgh", "aaaaaaaa"):
+        engine = local.Local(loaded.model, talk, sampling.Config(max_new_tokens=12, temperature=0), seed=0, slots=8)
+        prompts = [Prompt(f"p{place}", letter) for place, letter in enumerate(texts)]
+        engine.run(prompts, partial(chain.generate, cfg=chain.Config(turns=2)))
+        forwards.append(engine.num_forwards)
+    assert forwards[1] < 2 * forwards[0], "eight times as many one by one"
+
+
 def test_a_draft_can_be_read_while_it_grows(loaded: load.Loaded):
     talk = chat.load(loaded.tokenizer, loaded.end_ids, Requests("again"))
     engine = local.Local(loaded.model, talk, sampling.Config(max_new_tokens=12), seed=0, slots=1)

@@ -14,7 +14,7 @@ from upturn.engines import _graphs, sampling
 from upturn.engines._graphs import GpuSlots
 from upturn.engines._slots import Slots
 from upturn.errors import ModelError
-from upturn.models import _common, _gpu_layer
+from upturn.models import _common, _gpu_layer, _slow
 from upturn.models._attention import How
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50}
@@ -53,14 +53,17 @@ def test_a_large_cache_grows_by_steps(plain_layout: None, monkeypatch: pytest.Mo
     assert slots.length == 160
 
 
-def test_a_nucleus_is_not_captured() -> None:
+def test_a_nucleus_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """To choose from it waits for the device, and a capture that fails would keep its memory."""
+    said: list[str] = []
+    monkeypatch.setattr(_slow.progress, "say", said.append)
     passes: Any = _graphs.GraphPasses(nn.Module(), GpuSlots(CONFIG, 2, torch.empty(0), 64), sampling.Config(top_p=0.9))
     size = _graphs._Size(torch.empty(0), 8, 8)
-    for _ in range(_graphs.SEEN):
+    for _ in range(_graphs.SEEN + 1):
         passes._capture(size)
     assert size.replay is None
-    assert passes._captures, "not tried"
+    assert len(said) == 1
+    assert "top_p" in said[0]
 
 
 def test_joined_weights_follow_those_of_the_layers() -> None:

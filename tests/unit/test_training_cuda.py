@@ -160,7 +160,7 @@ def test_a_training_of_several_micro_batches_is_captured_and_leaves_nothing(
     assert made[-1].works
     assert made[-1].number > 0
     assert not made[-1].made
-    assert _memory._OF_GRAPHS.keys() <= {made[-1].pool}, "those of earlier trainings are gone"
+    assert set(_memory._OF_GRAPHS) <= {made[-1].pool}, "those of earlier trainings are gone"
     assert entries[-1]["loss"] < entries[0]["loss"]
 
 

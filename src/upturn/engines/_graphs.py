@@ -157,6 +157,11 @@ class GraphPasses:
         return size.out
 
     @property
+    def _waits(self) -> bool:
+        """Whether torch chooses: it looks whether more than a few tokens are likely."""
+        return self.cfg.top_p < 1 and self.cfg.temperature > 0
+
+    @property
     def _config(self) -> Any:
         return self.model.config.get_text_config()  # type: ignore[operator,union-attr]
 
@@ -211,7 +216,7 @@ class GraphPasses:
         plan = KernelPlan(self.cache.keys, self.cache.values, part["slot"], part["place"], tiles, heads)
         hidden_T = policy.hidden_states(self.model, part["ids"].long(), part["place"].long(), plan)
         logits = policy.head(self.model, hidden_T[part["asked"].long()])
-        if self.cfg.top_p == 1:
+        if not self._waits:
             return sampler().sample(logits.contiguous(), uniform_N, self.cfg.temperature)
         return sampling.choose(logits, uniform_N, self.cfg.temperature, self.cfg.top_p)
 
@@ -219,10 +224,11 @@ class GraphPasses:
         """Capture a step that was computed often enough; a model that cannot be captured goes on without."""
         key = size.tokens, size.asked
         self._seen[key] += 1
-        waits = self.cfg.top_p < 1  # `sampling.choose` then looks whether more than a few tokens are likely
-        if waits or not self._captures or self._seen[key] < SEEN or size.tokens > SIZES[-1]:
+        if not self._captures or self._seen[key] < SEEN or size.tokens > SIZES[-1]:
             return
         try:
+            if self._waits:  # known before: a capture that fails keeps its memory
+                raise RuntimeError("with top_p below 1 they wait for the GPU")
             size.out, size.replay = self._pool.captured(lambda: self._compute(size))
         except Exception as error:  # a layer that waits for the device, or whose kernels cannot be captured
             self._captures = False

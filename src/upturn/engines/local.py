@@ -92,7 +92,7 @@ class Local:
     ) -> list[Attempt]:
         """Run a strategy over all prompts; attempts come back in the order of the prompts.
 
-        `on_tokens` is told after each pass what a draft has so far, for somebody who reads along with a single one.
+        `on_tokens` is told whenever a draft grew what it has so far, for somebody who reads along with a single one.
         """
         self._on_tokens = on_tokens
 
@@ -174,10 +174,11 @@ class Local:
 
     def _fill(self, free: list[int]) -> None:
         """The first requests into these slots. Siblings with one context wait until it is computed for the first of
-        them, greedy ones until that is done."""
+        them, greedy ones of a prompt until that is done."""
         budget, is_greedy = PREFILL_TOKENS, self.cfg.temperature == 0
         running = [slot.request for slot in self._slots if slot.request]
-        contexts = {request.context for request in running if is_greedy or not request.token_ids}
+        contexts = {request.context for request in running if not request.token_ids}
+        greedy = {(request.order[0], request.context) for request in running if is_greedy}
         waiting: list[Request] = []
         if not self._flying and not any(slot.ids for slot in self._slots):
             self._compute_template()
@@ -188,7 +189,7 @@ class Local:
                 self._finish(request, "context")
             elif known := self._answers[request.order[0]].get(request.context):
                 self._repeat(request, known)
-            elif request.context in contexts:
+            elif request.context in contexts or (request.order[0], request.context) in greedy:
                 waiting.append(request)
             else:
                 mine = held.of(request.order[0])

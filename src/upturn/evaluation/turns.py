@@ -52,7 +52,7 @@ class TurnRow(Strict):
     prompt_tokens: int
     """Tokens of the contexts of this turn, over all its drafts."""
     cached_tokens: int
-    """How many of prompt_tokens came out of the KV cache."""
+    """How many of prompt_tokens did not have to be computed."""
     truncated: int
     """Drafts that were cut by the length limit or a full context."""
     copied: float | None

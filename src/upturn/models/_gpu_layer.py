@@ -119,8 +119,8 @@ class GpuLayer:
         return all(joined.is_of(parts) for joined, parts in zip(self._joined, _groups(layer), strict=True))
 
     def addresses(self) -> list[int]:
-        """Where the joined weights lie."""
-        return [joined.address for joined in self._joined]
+        """Where the joined weights and biases lie."""
+        return [address for joined in self._joined for address in joined.addresses()]
 
     def refresh(self) -> None:
         """Take over the weights as they are now, where they were before."""
@@ -160,10 +160,9 @@ class _Joined:
         biases = packed.biases_of(parts)
         self._bias = torch.cat(biases).detach() if biases else None
 
-    @property
-    def address(self) -> int:
-        """Where the weight lies; its bias came and goes with it."""
-        return self._weight.data_ptr()
+    def addresses(self) -> list[int]:
+        """Of the weight, and of the bias if there is one."""
+        return [part.data_ptr() for part in (self._weight, self._bias) if part is not None]
 
     def is_of(self, parts: Sequence[nn.Linear]) -> bool:
         """Whether these are the layers, and their weights of the same type on the same device."""

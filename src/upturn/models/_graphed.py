@@ -110,7 +110,9 @@ class Stack:
 
     def _captured(self, x: Tensor, cos: Tensor, sin: Tensor, tree: TokenTree) -> _Captured | None:
         graphs, first = self._graphs, self._layers[0]
-        key = (id(first.weights.q), len(x), first.keeps_gates)
+        weight, size = id(first.weights.q), len(x)
+        keeps = first.keeps_gates or (weight, size, True) in graphs.made  # the same bits, and their memory is taken
+        key = (weight, size, keeps)
         learns = torch.is_grad_enabled() and first.weights.q.requires_grad
         if key not in graphs.made and graphs.works and learns:
             graphs.seen[key] += 1
