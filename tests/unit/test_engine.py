@@ -106,8 +106,8 @@ def test_a_chain_reuses_the_question_and_the_first_draft(loaded: load.Loaded):
 class Forgetful(local.Local):
     """Computes every greedy draft anew."""
 
-    def _finish(self, *of: Any) -> None:
-        super()._finish(*of)
+    def _finish(self, request: Any, reason: Any) -> None:
+        super()._finish(request, reason)
         self._answers.clear()
 
 

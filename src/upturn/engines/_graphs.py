@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from upturn.engines import sampling
-from upturn.engines._passes import BELOW_ONE, Chosen, Pending, told
+from upturn.engines._passes import BELOW_ONE, Chosen, Passes, Pending, told
 from upturn.engines._slots import Slots, Span
 from upturn.models import _slow, policy
 from upturn.models._capture import Pool
@@ -101,22 +101,20 @@ class _Size:
         packed[self.parts["tiles"]].reshape(4, -1)[2, :count] += 1
 
 
-@dataclass(slots=True)
-class GraphPasses:
+class GraphPasses(Passes):
     """Passes that run while the program goes on."""
 
-    model: nn.Module
-    cache: GpuSlots
-    cfg: sampling.Config
     overlaps = True
     burst = BURST
-    _sizes: dict[tuple[int, int], _Size] = field(default_factory=dict)
-    _seen: Counter[tuple[int, int]] = field(default_factory=Counter)
-    _where: int = 0
-    _captures: bool = True
-    _pool: Any = None
-    """Memory of all graphs (`Pool`)."""
-    _tile: int = 0
+
+    def __init__(self, model: nn.Module, cache: GpuSlots, cfg: sampling.Config) -> None:
+        self.model, self.cache, self.cfg = model, cache, cfg
+        self._sizes: dict[tuple[int, int], _Size] = {}
+        self._seen: Counter[tuple[int, int]] = Counter()
+        self._where = self._tile = 0
+        self._captures = True
+        self._pool: Pool | None = None
+        """Memory of all graphs."""
 
     def start(self, fed: list[int], spans: Sequence[Span], uniforms: np.ndarray) -> Pending:
         """See `Passes`."""
@@ -229,6 +227,7 @@ class GraphPasses:
         try:
             if self._waits:  # known before: a capture that fails keeps its memory
                 raise RuntimeError("with top_p below 1 they wait for the GPU")
+            assert self._pool is not None
             size.out, size.replay = self._pool.captured(lambda: self._compute(size))
         except Exception as error:  # a layer that waits for the device, or whose kernels cannot be captured
             self._captures = False

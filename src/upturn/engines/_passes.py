@@ -65,11 +65,11 @@ class Ready:
         self._model, self._cfg, self._num_slots = model, cfg, num_slots
         self._length = BEGIN
         self._held: dict[Any, Any] = {}
-        self._lasting: tuple[Slots, Any] | None = None
+        self._lasting: tuple[Slots, Passes] | None = None
         self._addresses: list[int] = []
 
     @contextmanager
-    def opened(self) -> Iterator[tuple[Slots, Any]]:
+    def opened(self) -> Iterator[tuple[Slots, Passes]]:
         """For one run, in inference mode; weights must not change within it."""
         like = next(self._model.parameters())
         with _on(like.device), fused(self._model, self._held):
@@ -89,7 +89,7 @@ class Ready:
         like, config = next(self._model.parameters()), self._config
         return _gpu_layer.runs(like, config.num_attention_heads, *heads_of(config))
 
-    def _graphs(self) -> tuple[Slots, Any]:
+    def _graphs(self) -> tuple[Slots, Passes]:
         from upturn.engines._graphs import GpuSlots, GraphPasses
 
         addresses = [weight.data_ptr() for weight in self._model.parameters()]
