@@ -72,6 +72,11 @@ def test_the_run_folder_holds_everything(run: tuple[Path, Summary]):
         assert len(attempts) == 10
         assert all(len(a["drafts"]) == len(a["scores"]) == 3 for a in attempts)
         assert {tuple(d["parents"]) for a in attempts for d in a["drafts"]} == {(), (0,), (1,)}
+        lines = (folder / "drafts" / f"{label}.parallel.jsonl").read_text().splitlines()
+        direct = [json.loads(line)["drafts"] for line in lines]
+        chains = [a["drafts"] for a in attempts]
+        same = [a["text"] == b["text"] for pair in zip(direct, chains, strict=True) for a, b in zip(*pair, strict=True)]
+        assert sum(same) < len(same) / 2, "controls are drawn anew"
 
 
 def test_transformers_loads_the_model_and_the_card_shows_the_turns(config: Path, run: tuple[Path, Summary]):

@@ -87,7 +87,9 @@ class Bench:
         how: Sampling,
         label: str,
         first: Attempts | None = None,
+        purpose: str = "",
     ) -> Attempts:
+        purpose = purpose or ("refine" if first else "")  # the first drafts took the numbers of no purpose
         how = how if how.max_new_tokens else how.model_copy(update={"max_new_tokens": self.task.max_new_tokens})
         config = {
             "prompts": [[prompt.id, prompt.text] for prompt in prompts],
@@ -97,12 +99,12 @@ class Bench:
             "chat": CHAT_VERSION,
             "options": self.options.model_dump(),
             "seed": self.seed,
-        }
+        } | ({"purpose": purpose} if purpose else {})
 
         def work(folder: Path) -> dict[str, Any]:
             from upturn.lab import work as jobs
 
-            settings = self._settings(label, folder)
+            settings = self._settings(label, folder, purpose)
             rule = jobs.rule_of(strategy, first.read() if first else ())
             if model.endpoint:
                 return jobs.ask(model.endpoint, prompts, rule, how, settings, skip_failed=self.skip_failed)
@@ -310,10 +312,10 @@ class Bench:
         o = self.options
         return load.load(str(model.folder), o.dtype, trust_remote_code=o.trust_remote_code, device=o.device)
 
-    def _settings(self, label: str, folder: Path) -> Any:
+    def _settings(self, label: str, folder: Path, purpose: str = "") -> Any:
         from upturn.lab import work as jobs
 
-        return jobs.Settings(label, folder, self.requests, self.options, self.seed)
+        return jobs.Settings(label, folder, self.requests, self.options, jobs.seed_for(purpose, self.seed))
 
 
 def _lines(records: Sequence[Any]) -> str:

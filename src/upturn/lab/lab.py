@@ -102,8 +102,12 @@ class Lab(Protocol):
         how: Sampling,
         label: str,
         first: Attempts | None = None,
+        purpose: str = "",
     ) -> Attempts:
-        """Sample drafts. The strategy goes on from `first`, the first draft of every prompt by another model."""
+        """Sample drafts. The strategy goes on from `first`, the first draft of every prompt by another model.
+
+        The same model draws the same drafts of the same prompts again, but for another `purpose`.
+        """
         ...
 
     def score(self, attempts: Attempts, scorer: Plugin, label: str, voters: Attempts | None = None) -> Attempts:

@@ -31,8 +31,8 @@ def measure(bench: Bench, asked: Asked, cfg: Measure, scorer: Plugin | None) -> 
     """The numbers of one model; its scored attempts go to `drafts/`. None where steps are only planned."""
     prompts, label = bench.prompts("test", 0, cfg.prompts), asked.label
 
-    def drafts(model: Model, strategy: Plugin, kind: str, first: Attempts | None = None) -> Attempts:
-        return bench.generate(model, prompts, strategy, cfg.sampling, f"{kind} {label}", first)
+    def drafts(model: Model, strategy: Plugin, kind: str, first: Attempts | None = None, purpose: str = "") -> Attempts:
+        return bench.generate(model, prompts, strategy, cfg.sampling, f"{kind} {label}", first, purpose)
 
     judges = _judges(scorer)
     first = drafts(asked.upstream, _by_name("parallel", 1), "upstream of") if asked.upstream else None
@@ -40,7 +40,9 @@ def measure(bench: Bench, asked: Asked, cfg: Measure, scorer: Plugin | None) -> 
     chains = _judged(bench, refining, judges, label, parallel=False)
     fresh = None
     if cfg.parallel:
-        answers = drafts(asked.upstream or asked.model, _by_name("parallel", cfg.parallel), "parallel")
+        # Fresh ones: with the chains' own random numbers the first of them would be turn 1 again.
+        answerer, direct = asked.upstream or asked.model, _by_name("parallel", cfg.parallel)
+        answers = drafts(answerer, direct, "parallel", purpose="control")
         fresh = _judged(bench, answers, judges, label, parallel=True)
     drift = {} if asked.upstream else _drift(bench, asked.model, chains, label)
     if bench.dry:

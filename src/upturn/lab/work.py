@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ class Settings:
     requests: Requests
     options: Any
     seed: int
+
+
+def seed_for(purpose: str, seed: int) -> int:
+    """The seed of drafts that must owe nothing to those of the run's own seed, such as votes on them; '' is its own."""
+    return int(sha256(f"{seed}/{purpose}".encode()).hexdigest()[:8], 16) if purpose else seed
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ def run(cfg: Config, lab: Lab) -> None:
     def judge(made: Attempts, asked: list[Prompt], label: str) -> Attempts:
         voters = None
         if cfg.labeller == "frozen":
-            voters = lab.generate(base, asked, strategy, cfg.sampling, f"votes {label}")
+            voters = lab.generate(base, asked, strategy, cfg.sampling, f"votes {label}", purpose="votes")
         return lab.score(made, majority, label, voters)
 
     what = Round(
