@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +145,36 @@ class TestNumbers:
             ("007", "7"),
             ("3, 4..", "4"),
             ("1" * 60, "1" * 60),
+            ("The answer is 6 * 7 = 42.", "42"),
+            ("**Answer:** 6 eggs * 7 = $42 eggs. Of them 2 = 1 + 1 broke.", "42"),
+            ("The answer is 6 * (3 + 4) = 42", "42"),
+            ("The answer is 42 (where x = 2)", "42"),
+            ("The answer is 5! = 120.", "120"),
+            ("The answer is 42 = 6*7", "42"),
+            ("The answer is 6 * 7 = 42 = 6 \\times 7", "42"),
+            ("The answer is 2 - 7 = -5, no, the answer is 2 - 8 = -6", "-6"),
+            ("The answer is 42 = x. Then 5", "42"),
+            ("The answer is: the answer 5", "5"),
+            ("######## 5", "5"),
+            ("#### 6*7 = 42", "42"),
+            ("#### 18 (see step 2)", "18"),
+            ("The answer is 18 eggs for 7 days", "18"),
+            ("\\boxed{6*7=42}", "42"),
+            ("The answer is $\\boxed 5$ of 7", "5"),
             ("none at all", ""),
             ("", ""),
         ],
     )
     def test_the_last_stated_number_is_isolated_and_normalised(self, text: str, number: str):
         assert gsm8k.stated_number(text) == number
+
+    @pytest.mark.parametrize(
+        "text", ["Answer: 1 " + "=" * 20_000, "Answer: 1" + "=1" * 10_000, "Answer: 1 " * 2000, "#" * 20_000]
+    )
+    def test_a_model_that_repeats_itself_is_read_at_once(self, text: str):
+        start = time.perf_counter()
+        gsm8k.stated_number(text)
+        assert time.perf_counter() - start < 1  # some hundredths; reading on from each marker takes many seconds
 
     def test_no_number_is_wrong_and_says_so(self):
         score = gsm8k.grade("I do not know.", "#### 4")
@@ -181,6 +206,13 @@ class TestNumbers:
         assert task.grade(prompt, "The answer is 2.00.").right
         assert task.vote_key(prompt, "The answer is 2.00.") == "2"
 
+    def test_the_key_is_of_the_numbers(self, tmp_path: Path):
+        def key(name: str, answer: str) -> str:
+            write(tmp_path / name / "test.jsonl", {"question": "1 + 1?", "answer": answer})
+            return gsm8k.load(gsm8k.Config(data=str(tmp_path / name))).key  # pyright: ignore[reportAttributeAccessIssue]
+
+        assert key("a", "so 2\n#### 2") == key("b", "thus 2.0\n#### 2.0") != key("c", "so 2\n#### 3")
+
 
 @needs_math_verify
 class TestMath:
@@ -201,6 +233,13 @@ class TestMath:
             ("90^\\circ", "\\boxed{90}", True),
             ("x=3", "\\boxed{3}", True),
             ("\\{1,2\\}", "\\boxed{\\{2,1\\}}", True),
+            ("-5", "The answer is −5.", True),
+            ("5", "The answer is −5.", False),
+            ("−5", "\\boxed{-5}", True),
+            ("120", "The answer is 5! = 120.", True),
+            ("5", "The answer is 5! = 120.", False),
+            ("7", "The answer is 7! Well done! 8", True),
+            ("5", "So it is $\\boxed 5$.", True),
         ],
     )
     def test_pitfalls(self, reference: str, answer: str, right: bool):
@@ -214,11 +253,23 @@ class TestMath:
             ("\\boxed{1} \\fbox {2}", "2"),
             ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
             ("\\boxed{5} then \\boxed{7", "5"),
+            ("\\boxed 5", "5"),
+            ("$\\boxed -5.$", "-5"),
+            ("\\(\\boxed 12\\).", "12"),
+            ("\\boxed{1}, so \\boxed \\frac{1}{2}, yes", "\\frac{1}{2}"),
+            ("\\boxed{1} stands in \\boxed as asked, in \\boxed.", "1"),
             ("none", ""),
         ],
     )
     def test_the_last_box_with_balanced_braces(self, text: str, inside: str):
         assert math.last_boxed(text) == inside
+
+    def test_the_key_is_of_the_references(self, tmp_path: Path):
+        def key(name: str, answer: str) -> str:
+            write(tmp_path / name / "test.jsonl", {"problem": "1 + 1?", "answer": answer})
+            return math.load(math.Config(data=str(tmp_path / name))).key  # pyright: ignore[reportAttributeAccessIssue]
+
+        assert key("a", "2") == key("b", "2") != key("c", "3")
 
     def test_equal_formulas_have_one_key(self):
         assert math.key("\\boxed{\\frac{2}{4}}") == math.key("The answer is $\\frac{1}{2}$.") != ""

@@ -16,8 +16,13 @@ class Task(Protocol):
     """
 
     refine_request: str
-    """What the user says after a draft to ask for a better one. A task may have a `critique_request`, too: what the
-    user says to have a draft criticised."""
+    """What the user says after a draft to ask for a better one.
+
+    A task may have two more attributes:
+        critique_request: str   what the user says to have a draft criticised
+        key: str                digest of what judges: references and, for a verifier of your own, its source file;
+                                '' or absent where the config says it all. With another key, answers are judged anew.
+    """
     max_new_tokens: int
     """A length that fits nearly every good answer, and every critique that the verifier writes."""
 

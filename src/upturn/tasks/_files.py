@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,25 @@ class Columns:
     instruction: str = ""
     """Stands after each prompt, two lines below."""
     gold: Callable[[str], str] = str.strip
-    """The reference out of the answer field; '' where it holds none."""
+    """The reference out of the answer field; '' where it holds none, a `ValueError` where it cannot be used."""
+
+
+_Rows = dict[str, tuple[str, str]]
+"""The prompt field without outer white space -> the prompt's full text, and the reference."""
 
 
 class Table:
-    """The prompts of both splits and their references, each prompt text once and in one split only.
+    """The prompts of both splits and their references, each prompt once and in one split only.
 
-    A text of both parts stays in the test split. Without a test part, `test_share` of the texts, chosen by
-    their hash, is the test split. A prompt's id is made of its text, so it outlives changes of the file.
+    A prompt of both parts stays in the test split. Without a test part, `test_share` of the prompts, chosen by
+    their hash, is the test split. Prompts are compared and hashed as they stand in their field, without outer white
+    space and without the instruction, so that no instruction moves one to the other split. A prompt's id is made of
+    its full text, so it outlives changes of the file.
     """
 
     def __init__(self, data: str, columns: Columns, test_share: float, subset: str | None = None) -> None:
         self.data = data
-        self._parts: dict[Split, dict[str, str]] = {
+        self._parts: dict[Split, _Rows] = {
             split: _checked(records, columns, f"{data}: {split} part") for split, records in _open(data, subset).items()
         }
         if "test" not in self._parts:
@@ -59,8 +66,8 @@ class Table:
         """`count` prompts from place `start` in the order of the file; fewer at its end."""
         if split not in self._parts:
             raise DataError(self.data, f"There is no {split} part.", f"Add {split}.jsonl beside the other part.")
-        texts = list(self._parts[split])[start : start + count]
-        return [Prompt(_id(text), text) for text in texts]
+        rows = list(self._parts[split].values())[start : start + count]
+        return [Prompt(_id(text), text) for text, _ in rows]
 
     def reference(self, prompt: Prompt) -> str:
         """The reference answer, found by the prompt's id."""
@@ -72,21 +79,26 @@ class Table:
             )
         return self._references[prompt.id]
 
-    def _all(self) -> dict[str, str]:
-        return {text: answer for part in self._parts.values() for text, answer in part.items()}
+    @property
+    def key(self) -> str:
+        """Digest of the prompts' ids and references, wherever the data is and in whatever order."""
+        return hashlib.sha256(json.dumps(sorted(self._references.items())).encode()).hexdigest()
+
+    def _all(self) -> _Rows:
+        return {bare: row for part in self._parts.values() for bare, row in part.items()}
 
     def _divide(self, share: float) -> None:
         rows = self._parts["train"]
-        held = {text for text in rows if int(_id(text), 16) < share * 16**_ID_DIGITS}
+        held = {bare for bare in rows if int(_id(bare), 16) < share * 16**_ID_DIGITS}
         self._parts = {
-            "train": {text: answer for text, answer in rows.items() if text not in held},
-            "test": {text: answer for text, answer in rows.items() if text in held},
+            "train": {bare: row for bare, row in rows.items() if bare not in held},
+            "test": {bare: row for bare, row in rows.items() if bare in held},
         }
 
     def _finish(self) -> None:
-        for text in self._parts["test"]:
-            self._parts.get("train", {}).pop(text, None)
-        self._references = {_id(text): answer for text, answer in self._all().items()}
+        for bare in self._parts["test"]:
+            self._parts.get("train", {}).pop(bare, None)
+        self._references = {_id(text): reference for text, reference in self._all().values()}
 
 
 _ID_DIGITS = 16
@@ -160,16 +172,17 @@ def _rows(name: str, split: str, rows: Iterable[object]) -> Records:
         yield f"{name}, {split} row {number}", row
 
 
-def _checked(records: Records, columns: Columns, name: str) -> dict[str, str]:
-    """Prompt text -> reference; of equal prompts the first counts. Problems are counted, the first named."""
-    rows: dict[str, str] = {}
+def _checked(records: Records, columns: Columns, name: str) -> _Rows:
+    """The rows; of equal prompts the first counts. Problems are counted, the first named."""
+    rows: _Rows = {}
     problems: list[tuple[str, str]] = []
     total = 0
     for place, record in records:
         total += 1
         try:
             prompt, reference = _row(record, columns)
-            rows.setdefault(prompt, reference)
+            text = f"{prompt}\n\n{columns.instruction}" if columns.instruction else prompt
+            rows.setdefault(prompt.strip(), (text, reference))
         except ValueError as problem:
             problems.append((place, str(problem)))
     if problems:
@@ -182,7 +195,7 @@ def _checked(records: Records, columns: Columns, name: str) -> dict[str, str]:
 
 
 def _row(record: object, columns: Columns) -> tuple[str, str]:
-    """The prompt's full text and the reference; a `ValueError` says what is wrong with the record."""
+    """The prompt field and the reference; a `ValueError` says what is wrong with the record."""
     if isinstance(record, ValueError):
         raise record
     if not isinstance(record, Mapping):
@@ -195,12 +208,14 @@ def _row(record: object, columns: Columns) -> tuple[str, str]:
         reference = columns.gold(_text(record, columns.answer))
         if not reference:
             raise ValueError(f"There is no answer in '{columns.answer}'.")
-    return f"{prompt}\n\n{columns.instruction}" if columns.instruction else prompt, reference
+    return prompt, reference
 
 
 def _text(record: Mapping[Any, object], field: str) -> str:
     value = record.get(field)
-    if isinstance(value, bool | int | float):
+    if isinstance(value, float):
+        return format(Decimal(str(value)), "f")  # an exponent would be read as a second number
+    if isinstance(value, bool | int):
         return str(value)
     if isinstance(value, str):
         return value

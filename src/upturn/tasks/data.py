@@ -1,10 +1,11 @@
 """Any JSONL file or hub data set, with a verifier chosen by name.
 
-Verifiers, from strict to lenient; texts are compared in lower case, without outer punctuation:
+Verifiers, from strict to lenient; texts are compared in lower case, without outer quotes, brackets, markup and end
+marks. Every other sign counts: -5 is not 5, C++ is not C#.
     match       the whole answer is the reference
-    number      the last stated number equals the reference (as in gsm8k)
+    number      the last stated number equals the reference (as in gsm8k), which must be exactly one number
     math        the last stated formula equals the reference (as in math; needs the extra `math`)
-    contains    the reference stands in the answer, as whole words
+    contains    the reference stands in the answer, as whole words and numbers
     none        there is no verifier: scores are NaN, and a reward model has to judge
     python:package.module.function
                 your own, called as f(prompt, answer, reference) -> bool or number in [0, 1]; 1 is right
@@ -12,10 +13,14 @@ Verifiers, from strict to lenient; texts are compared in lower case, without out
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import math as arithmetic
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from pydantic import Field
 
@@ -29,7 +34,9 @@ from upturn.types import Prompt, Score
 Judge = Callable[[Prompt, str, str], Score]
 """Prompt, answer, reference -> score."""
 
-_EDGES = re.compile(r"^[\W_]+|[\W_]+$")
+_END_MARKS = " .,;:!?…。、，；：！？"
+_QUOTES = "\"'`“”„‘’‚«»‹›「」"
+_STARTS_AS_NUMBER = re.compile(r"[-+.$€£]*[0-9]")
 
 
 class Config(Strict):
@@ -71,11 +78,12 @@ class Data:
         self._judge = _judge(cfg.verifier)
         self._key = {"number": gsm8k.stated_number, "math": math.key}.get(cfg.verifier, plain)
         answer_column = None if cfg.verifier == "none" else cfg.answer_column
-        gold = gsm8k.stated_number if cfg.verifier == "number" else str.strip
+        gold = {"number": gsm8k.one_number, "match": _words, "contains": _words}.get(cfg.verifier, str.strip)
         columns = Columns(cfg.prompt_column, answer_column, cfg.instruction, gold)
         self._table = Table(cfg.data, columns, cfg.test_share, cfg.subset)
         if cfg.test_data is not None:
             self._table.use_test(Table(cfg.test_data, columns, cfg.test_share, cfg.subset))
+        self.key = hashlib.sha256(self._table.key.encode() + _source(cfg.verifier)).hexdigest()
 
     def prompts(self, split: Split, start: int, count: int) -> list[Prompt]:
         """`count` prompts from place `start`; fewer at the end of the data."""
@@ -91,8 +99,27 @@ class Data:
 
 
 def plain(text: str) -> str:
-    """The text in lower case, with single spaces and without outer punctuation."""
-    return _EDGES.sub("", " ".join(text.casefold().split()))
+    """The text in lower case, with single spaces and without outer quotes, brackets, markup and end marks."""
+    text = " ".join(text.casefold().replace("−", "-").split())
+    while (inner := _inside(text).strip(" ").rstrip(_END_MARKS)) != text:
+        text = inner
+    return text
+
+
+def _inside(text: str) -> str:
+    """What a pair of quotes, stars or brackets encloses; else the text. Brackets of several things stay: (0, 1)."""
+    first, inner, last = text[:1], text[1:-1], text[-1:]
+    enclosed = (
+        (first in _QUOTES and last in _QUOTES)
+        or first + last == "**"
+        or (first + last in ("()", "[]", "{}") and not set(inner) & set("()[]{},"))
+    )
+    return inner if inner and enclosed else text
+
+
+def _words(text: str) -> str:
+    """A reference for texts; '' where nothing of it would be compared, as the empty answer would be right."""
+    return text.strip() if plain(text) else ""
 
 
 def _judge(name: str) -> Judge:
@@ -115,7 +142,11 @@ def _verdict(right: bool) -> Score:
 
 
 def _stands_in(words: str, text: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
+    """Whether the words stand in the text, and not as a piece of another word or number."""
+    number = r"(?<![\w.,+–√^-])(?<![0-9][:/])(?<![+–-][$€£])"
+    before = number if _STARTS_AS_NUMBER.match(words) else r"(?<!\w)"
+    after = r"(?![\w+#^]|[.,:/][0-9])" if words[-1].isdecimal() else r"(?![\w+#])"
+    return re.search(before + re.escape(words) + after, text) is not None
 
 
 def _own(name: str) -> Judge:
@@ -138,3 +169,14 @@ def _own(name: str) -> Judge:
         return Score(value, value == 1)
 
     return judge
+
+
+def _source(verifier: str) -> bytes:
+    """The source file of a verifier of your own, which the config only names; empty where there is none."""
+    if not verifier.startswith("python:"):
+        return b""
+    module = sys.modules[verifier.removeprefix("python:").rpartition(".")[0]]
+    try:
+        return Path(inspect.getsourcefile(module) or "").read_bytes()
+    except (TypeError, OSError):  # built in, made while running, or in a zip file
+        return b""

@@ -26,9 +26,10 @@ from upturn.types import Prompt, Score
 TIMEOUT = 5
 """Seconds for one parsing or comparison; without limit outside the main thread, where no signal arrives."""
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?=[-−+]?\.?[0-9]|\\[a-zA-Z]))")
+_UNBRACED_END = re.compile(r"[.,;:!?*]*(?:[\s$]|\\[)\]]|$)")
 _PHRASE = re.compile(r"\banswer(?:\s+is\b|\s*:)[\s:*]*([^\n]+)", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.!?](?:\s.*)?$")
+_SENTENCE_END = re.compile(r"(?:[.?](?:\s.*)?|!(?:\s+[A-Z].*)?)$")  # but not the sign of a factorial: 5! = 120
 
 
 class Config(Strict):
@@ -64,6 +65,7 @@ class Math:
         self.max_new_tokens = cfg.max_new_tokens
         columns = Columns(cfg.problem_column, cfg.answer_column, cfg.instruction)
         self._table = Table(cfg.data, columns, TEST_SHARE, cfg.subset)
+        self.key = self._table.key
 
     def prompts(self, split: Split, start: int, count: int) -> list[Prompt]:
         """`count` prompts from place `start`; fewer at the end of the data."""
@@ -115,8 +117,10 @@ def stated_answer(text: str) -> str:
 
 
 def last_boxed(text: str) -> str:
-    r"""What stands in the last \boxed{} with balanced braces; '' where there is none."""
+    r"""What stands in the last \boxed{} with balanced braces, or \boxed 5 without; '' where there is none."""
     for start in reversed([match.end() for match in _BOX.finditer(text)]):
+        if text[start - 1] != "{":
+            return _UNBRACED_END.split(text[start:], maxsplit=1)[0]
         depth = 1
         for end in range(start, len(text)):
             escaped = text[end - 1] == "\\"
@@ -127,7 +131,7 @@ def last_boxed(text: str) -> str:
 
 
 def _parse(text: str) -> list[Any]:
-    return math_verify().parse(f"Answer: {text}", parsing_timeout=_time_limit())
+    return math_verify().parse(f"Answer: {text.replace('−', '-')}", parsing_timeout=_time_limit())
 
 
 def _time_limit() -> int | None:
