@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from upturn.errors import DataError, ModelError, UpturnError
 from upturn.scorers import exact, reward_model
-from upturn.scorers.reward_model import RewardModel
+from upturn.scorers.reward_model import Config, RewardModel
 from upturn.types import Attempt, Draft, Prompt, Score
 
 
@@ -165,6 +167,67 @@ class TestRewardModel:
 
     def test_nothing_to_judge(self, folder: Path):
         assert load(folder).score(YesIsRight(), []) == []
+
+    def test_a_path_may_begin_in_the_home_folder(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("HOME", str(folder.parent))
+        assert load(Path("~") / folder.name).score(YesIsRight(), ATTEMPTS) == load(folder).score(YesIsRight(), ATTEMPTS)
+
+
+def key(folder: Path | str, **values: Any) -> dict[str, Any]:
+    return reward_model.key(Config(model_name_or_path=str(folder), **values))
+
+
+class TestKey:
+    def test_it_holds_what_shapes_scores(self, folder: Path):
+        assert key(folder, device="cpu", batch_size=3) == key(folder)
+        assert key(folder, max_length=3) != key(folder)
+        assert key(folder, dtype="float16") != key(folder)
+
+    def test_a_hub_id_stays_a_name(self):
+        assert key("owner/name")["model_name_or_path"] == "owner/name"
+
+    def test_a_folder_counts_by_what_it_holds(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+        (copy / "README.md").write_text("Another place.")
+        assert key(copy) == key(folder)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert key("~/copy") == key(folder)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+            "tokenizer.model",
+            "modeling_own.py",
+        ],
+    )
+    def test_a_change_under_the_same_path_is_seen(self, folder: Path, tmp_path: Path, name: str):
+        copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+        before = key(copy)
+        with (copy / name).open("ab") as file:
+            file.write(b" ")
+        assert key(copy) != before
+
+    def test_weights_are_read_once(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+        first = key(copy)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", None)
+            assert key(copy) == first
+        weights = copy / "model.safetensors"
+        before = weights.stat()
+        weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns - 1))
+        assert key(copy) != first
+
+    def test_a_file_that_cannot_be_read_is_named(self, tmp_path: Path):
+        (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+        with pytest.raises(ModelError, match=r"model.safetensors cannot be read: No such file"):
+            key(tmp_path)
 
 
 class TestBadModel:

