@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
-from scripted_server import ScriptedServer
+from scripted_server import ScriptedServer, answer
 from typer.testing import CliRunner, Result
 
 from upturn.cli.main import app
@@ -66,6 +67,48 @@ def test_an_endpoint_that_is_not_there_is_one_message_and_loses_nothing(tmp_path
     assert absent.exit_code == 2
     assert "3 of 3 prompts have no answer" in absent.output
     assert "--skip-failed" in absent.output
+
+
+def test_prompts_that_were_left_out_are_asked_for_without_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The other answers stay as they are, and nobody is asked for them again."""
+    asked = list[str]()
+
+    def sometimes(model: str, messages: list[dict[str, str]], seed: int) -> str:
+        asked.append(messages[0]["content"])
+        if down and int(hashlib.sha256(asked[-1].encode()).hexdigest(), 16) % 3 == 0:
+            raise ConnectionError
+        return answer(model, messages, seed)
+
+    monkeypatch.setattr("scripted_server.answer", sometimes)
+    with ScriptedServer() as server:
+        few = ("--prompts", "12", "--max-retries", "0")
+        down = True
+        first = diagnose("copies", server.url, tmp_path, *few, "--skip-failed")
+        assert first.exit_code == 0, first.output
+        answered = json.loads(first.stdout)["models"][0]["n"]
+        assert 0 < answered < 12
+        asked.clear()
+        again = diagnose("copies", server.url, tmp_path, *few, "--skip-failed")
+        assert json.loads(again.stdout)["models"] == json.loads(first.stdout)["models"]
+        assert not asked
+        refused = diagnose("copies", server.url, tmp_path, *few)
+        assert refused.exit_code == 2, refused.output
+        assert f"{12 - answered} of 12 prompts have no answer" in refused.output
+        down = False
+        asked.clear()
+        whole = diagnose("copies", server.url, tmp_path, *few)
+    assert whole.exit_code == 0, whole.output
+    assert json.loads(whole.stdout)["models"][0]["n"] == 12
+    assert len({*asked}) == 12 - answered
+
+
+def test_an_endpoint_that_answers_nothing_is_no_result(tmp_path: Path):
+    with ScriptedServer() as server:
+        url = server.url
+    for _ in range(2):
+        absent = diagnose("copies", url, tmp_path, "--prompts", "3", "--max-retries", "0", "--skip-failed")
+        assert absent.exit_code == 2
+        assert "3 of 3 prompts have no answer" in absent.output
 
 
 def test_a_wrong_setting_of_the_task_is_one_message(tmp_path: Path):

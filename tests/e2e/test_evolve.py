@@ -133,6 +133,25 @@ def test_a_second_round_of_stage_a_goes_on_from_the_first(config: Path, run: tup
     assert [row.label for row in summary.training] == ["sft 1", "sft 2"]
 
 
+def test_corrected_references_are_judged_anew_and_moved_ones_are_not(config: Path, tmp_path: Path):
+    def planned(folder: str, answer: int) -> dict[str, str]:
+        rows = [{"prompt": f"{n}+1", "answer": n + 1 if n else answer} for n in range(200)]
+        data = tmp_path / folder / "sums.jsonl"
+        data.parent.mkdir()
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task = ["task.name=data", "task.verifier=number", f"task.data={data}"]
+        settings = [*task, "iterations=0", "measure.prompts=4", f"output_dir={tmp_path / 'run'}"]
+        return {step["name"]: step["key"] for step in session.plan(str(config), settings)["steps"]}
+
+    first, moved, corrected = planned("a", 7), planned("b", 7), planned("c", 1)
+    assert moved == first
+    assert {name for name in first if first[name] == corrected[name]} == {
+        "generate measure base",
+        "generate parallel base",
+        "generate sft",
+    }
+
+
 def test_settings_that_cannot_change_the_result_redo_nothing(config: Path, run: tuple[Path, Summary], tmp_path: Path):
     settings = [
         "prefer.train.save_seconds=0",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+import yaml
 from rich.text import Text
 from typer.testing import CliRunner, Result
 
@@ -132,6 +133,41 @@ def test_eval_asks_a_model_as_it_was_trained(model: Path, tmp_path: Path):
     said = refined["num_tokens_told"] - len(refined["token_ids"])
     cut = asked + said + len(REQUEST) + 2
     assert refined["prompt_tokens"] in (asked + cut, asked + cut + 1)  # and an end where the critique was cut
+
+
+def test_eval_shows_drafts_as_the_model_was_trained_to_see_them(model: Path, tmp_path: Path):
+    own, folder = tmp_path / "own", tmp_path / "run"
+    shutil.copytree(model, own)
+    (own / card.REFINING).write_text(Refining(layout="quoted").model_dump_json())
+    wanted = ["eval", "-m", str(own), "--task", "carry", "-t", "2", "-n", "2", "--output-dir", str(folder)]
+    done = CliRunner().invoke(app, [*wanted, "--json"])
+    assert done.exit_code == 0, done.output
+    assert yaml.safe_load((folder / "config.yaml").read_text())["options"]["layout"] == "quoted"
+    _, refined = json.loads((folder / "drafts" / "model.jsonl").read_text().splitlines()[0])["drafts"]
+    assert refined["cached_tokens"] < refined["prompt_tokens"] / 2, "a quoted draft is no earlier turn"
+
+
+def test_models_of_two_runs_have_folders_of_their_own(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for run in ("a", "b"):
+        shutil.copytree(model, tmp_path / "runs" / run / "model")
+        wanted = ["eval", "-m", f"runs/{run}/model", "--task", "carry", "-t", "2", "-n", "2", "--json"]
+        done = CliRunner().invoke(app, wanted)
+        assert done.exit_code == 0, done.output
+    assert {path.name for path in (tmp_path / "runs").iterdir()} >= {"eval-a-model-carry", "eval-b-model-carry"}
+    wanted = ["eval", "-m", "runs/b/model", "--task", "carry", "-n", "2", "--output-dir", "runs/eval-a-model-carry"]
+    refused = CliRunner().invoke(app, wanted)
+    assert refused.exit_code == 2
+    assert "results of other models" in refused.output
+
+
+def test_a_base_with_other_tokens_is_measured_without_drift(model: Path, tmp_path: Path):
+    other = tiny.save(tmp_path / "other", characters=tiny.SUMS)
+    wanted = ["diagnose", "-m", str(model), "--base", str(other), "--task", "carry", "-t", "2", "-n", "2", "--json"]
+    done = CliRunner().invoke(app, [*wanted, "--output-dir", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "run" / "summary.json").read_text())["measurements"]
+    assert [row["kl_start"] for row in told] == [None, None]
 
 
 def test_a_broken_file_is_one_message(model: Path, tmp_path: Path):

@@ -10,6 +10,7 @@ import yaml
 
 from upturn import config
 from upturn.errors import ConfigError
+from upturn.lab.lab import Measure
 from upturn.objectives import dpo, evolve
 from upturn.strategies import chain
 
@@ -113,3 +114,26 @@ def test_a_plug_in_from_plain_data_is_checked_too():
 def test_configs_do_not_change(path: Path):
     with pytest.raises(ValueError, match="frozen"):
         loaded(path).seed = 3
+
+
+@pytest.mark.parametrize(
+    ("given", "turns"),
+    [
+        ({"turns": 6, "strategy": "critique_refine"}, 6),
+        ({"strategy": {"name": "critique_refine", "turns": 3}}, 3),
+        ({"turns": 3, "strategy": {"name": "chain", "turns": 3}}, 3),
+        ({"strategy": "chain"}, 4),
+    ],
+)
+def test_a_measurement_has_the_turns_of_its_strategy(given: dict[str, Any], turns: int):
+    cfg = config.checked(Measure, given, "measure")
+    assert cfg.turns == cfg.strategy.cfg.turns == turns
+
+
+def test_two_numbers_of_turns_are_refused():
+    with pytest.raises(ConfigError, match=r"Turns is 6 and strategy.turns is 4"):
+        config.checked(Measure, {"turns": 6, "strategy": {"name": "chain", "turns": 4}}, "measure")
+
+
+def test_a_strategy_without_turns_leaves_those_of_the_measurement():
+    assert config.checked(Measure, {"turns": 5, "strategy": {"name": "aggregate"}}, "measure").turns == 5

@@ -193,6 +193,29 @@ def test_two_bars_tell_each_for_itself_and_an_error_leaves_the_last_count(clock:
     assert counts == [(label, done) for label in ("sft: reference", "sft: training") for done in (0, 3)]
 
 
+def test_what_was_finished_before_says_nothing_of_the_rate(clock: Clock):
+    kept = Kept()
+    with events.record([kept]), progress.track("sft", 1000, "steps") as bar:
+        bar.find(900)
+        clock.now += 10
+        bar.advance(1)
+    assert [(event["done"], event["rate"]) for event in kept.of("progress")] == [(0, 0.0), (901, 0.1)]
+
+
+def test_a_line_of_progress_needs_nothing_finished(clock: Clock, monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    monkeypatch.setattr(progress, "say", said.append)
+    monkeypatch.setattr(progress, "_mode", "plain")
+    with progress.track("measure", 300, "drafts") as bar:
+        for done in (0, 40):
+            clock.now += 40
+            bar.advance(done)
+    assert said == [
+        "measure: 0/300, 0.0 drafts/s, nothing finished yet",
+        "measure: 40/300, 0.5 drafts/s, 520 s left",
+    ]
+
+
 def test_nothing_is_due_where_nobody_listens():
     assert not events.due("x", 0)
 

@@ -147,7 +147,9 @@ def evaluate(
     _quiet(quiet, as_json)
     own = verbs.trained_for(model)
     cfg = verbs.measuring(strategy, own, turns, prompts, temperature)
-    setting = session.Setting(seed, data, dtype, output_dir, task_settings or (), requests=own.requests)
+    setting = session.Setting(
+        seed, data, dtype, output_dir, task_settings or (), requests=own.requests, layout=own.layout
+    )
     folder, summary = session.evaluate(model, task, cfg, setting)
     if as_json:
         _print_json(json.loads(summary.model_dump_json()))
@@ -179,6 +181,8 @@ def diagnose(
     dtype: Dtype = "auto",
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at the same time, with --api.")] = 16,
     max_retries: Annotated[int, typer.Option(min=0, help="How often a request is repeated, with --api.")] = 6,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for an answer, with --api.")] = 60,
+    stream: Annotated[bool, typer.Option(help="Let answers come in pieces: then no piece may take longer.")] = False,
     skip_failed: Annotated[bool, typer.Option(help="Go on without prompts that the endpoint does not answer.")] = False,
     output_dir: Annotated[Path | None, typer.Option(help="Run folder; runs/diagnose-... when not given.")] = None,
     as_json: Json = False,
@@ -190,11 +194,12 @@ def diagnose(
     from upturn.report import read
 
     _quiet(quiet, as_json)
-    asked = verbs.place(model, api, concurrency, max_retries)
-    came_from = verbs.place(base, api, concurrency, max_retries) if base else None
+    how = {"concurrency": concurrency, "max_retries": max_retries, "timeout": timeout, "stream": stream}
+    asked = verbs.place(model, api, **how)
+    came_from = verbs.place(base, api, **how) if base else None
     own = verbs.trained_for(asked)
     cfg = verbs.measuring(strategy, own, turns, prompts, temperature)
-    setting = session.Setting(seed, data, dtype, output_dir, task_settings or (), skip_failed, own.requests)
+    setting = session.Setting(seed, data, dtype, output_dir, task_settings or (), skip_failed, own.requests, own.layout)
     folder, _ = session.diagnose(asked, task, cfg, setting, came_from)
     study = read.study_of(folder)
     if as_json:

@@ -55,15 +55,14 @@ def _entries(room: str) -> dict[str, str]:
     return {name: path.read_text().split("\n")[0].lstrip("# ") for name, path in shipped().items()}
 
 
-def place(model: str, api: str | None, concurrency: int, max_retries: int) -> str | Endpoint:
+def place(model: str, api: str | None, **how: Any) -> str | Endpoint:
     """A model's name, or where it answers."""
     if api is None:
         return model
     from upturn import config
     from upturn.engines.api import Endpoint
 
-    asked = {"url": api, "model": model, "concurrency": concurrency, "max_retries": max_retries}
-    return config.checked(Endpoint, asked, "--api")
+    return config.checked(Endpoint, {"url": api, "model": model} | how, "--api")
 
 
 def trained_for(model: str | Endpoint) -> Refining:

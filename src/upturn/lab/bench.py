@@ -23,7 +23,7 @@ from upturn.strategies._base import num_drafts
 from upturn.tracking import events, progress
 from upturn.types import GENERIC_CRITIQUE, Prompt, Requests, answers, to_json
 
-VERSIONS = {"generate": 11, "score": 3, "select": 4, "train": 7, "drift": 5}
+VERSIONS = {"generate": 11, "score": 4, "select": 5, "train": 7, "drift": 5}
 """Raised when a step would give another result from the same inputs."""
 _TOLD: Any = dict.fromkeys(("label", "iteration", "n"), True) | {
     "turns": {"__all__": {"turn", "accuracy", "low", "high"}},
@@ -48,13 +48,17 @@ class Bench:
     measured: list[Model] = field(default_factory=list)
     """In the order they were measured."""
     _open: dict[str, Any] = field(default_factory=dict)
-    _metrics: list[Path] = field(default_factory=list)
+    _metrics: list[str] = field(default_factory=list)
     _strategy: dict[str, Any] = field(default_factory=lambda: {"name": "chain"})
     """What the last measurement refined by."""
 
     def __post_init__(self) -> None:
         self.task = self.task_plugin.module.load(self.task_plugin.cfg)
         self._task_key = self.task_plugin.dump()
+        if judges := getattr(self.task, "key", ""):  # what its data hold, wherever they lie
+            self._task_key = {k: v for k, v in self._task_key.items() if k not in ("data", "test_data")} | {
+                "key": judges
+            }
         critique = getattr(self.task, "critique_request", "") or GENERIC_CRITIQUE
         self.requests = Requests(self.task.refine_request, critique)
 
@@ -70,13 +74,16 @@ class Bench:
         return Model(sha256(name.encode()).hexdigest()[:16], Path(), endpoint.model, endpoint)
 
     def prompts(self, split: str, start: int, count: int) -> list[Prompt]:
-        found = self.task.prompts(split, start, min(count, self.limit or count))
+        count = min(count, self.limit or count)
+        found = self.task.prompts(split, start, count)
         if not found:
             raise DataError(
                 f"task {self.task_plugin.name}, split {split}",
                 f"It has no prompts from place {start} on.",
                 "Ask for fewer prompts or iterations, or give more data.",
             )
+        if len(found) < count:
+            progress.say(f"task {self.task_plugin.name}: only {len(found)} of {count} {split} prompts are left")
         return found
 
     def generate(
@@ -113,12 +120,19 @@ class Bench:
         drafts = len(prompts) * num_drafts(strategy.cfg)
         guess = {"drafts": drafts, "tokens": round(estimate.ANSWER_SHARE * drafts * (how.max_new_tokens or 0))}
         inputs = [model.key, *([first.key] if first else [])]
-        result = self._do("generate", label, config, inputs, work, guess)
-        missing = result.manifest["facts"].get("failed", 0)
-        return Attempts(result.key, result.folder / "drafts.jsonl", len(prompts) - missing)
+        result = self._do("generate", label, config, inputs, work, guess, accepts=self._is_whole)
+        facts = result.manifest["facts"]
+        key = f"{result.key} without {facts['left_out']}" if facts.get("failed") else result.key
+        return Attempts(key, result.folder / "drafts.jsonl", len(prompts) - facts.get("failed", 0))
+
+    def _is_whole(self, facts: dict[str, Any]) -> bool:
+        """Whether nobody wants to have the prompts asked again that an endpoint did not answer."""
+        return self.skip_failed or not facts.get("failed")
 
     def score(self, attempts: Attempts, scorer: Plugin, label: str, voters: Attempts | None = None) -> Attempts:
-        config = {"scorer": scorer.dump(), "task": self._task_key}
+        key_of = getattr(scorer.module, "key", None)  # of one whose config does not tell all
+        told = {"name": scorer.name} | key_of(scorer.cfg) if key_of else scorer.dump()
+        config = {"scorer": told, "task": self._task_key}
 
         def work(folder: Path) -> dict[str, Any]:
             others = {"voters": voters.read()} if voters else {}
@@ -185,6 +199,7 @@ class Bench:
         def work(folder: Path) -> dict[str, Any]:
             from upturn.lab import work as jobs
 
+            self._open.clear()  # what sampled is not needed here
             start = self._fresh(model)
             other = self._fresh(frozen) if frozen else None
             return jobs.train(start, other, examples.read(), how, self._settings(label, folder))
@@ -195,8 +210,9 @@ class Bench:
         result = self._do("train", label, config, [model.key, examples.key], work, guess)
         if self.dry:
             return Model(result.key, result.folder / "model", label)
-        self._metrics.append(result.folder / "metrics.jsonl")
-        write_text(self.run_dir / "metrics.jsonl", "".join(path.read_text() for path in self._metrics))
+        entries = map(json.loads, (result.folder / "metrics.jsonl").read_text().splitlines())
+        self._metrics += (json.dumps(entry | {"label": label}) + "\n" for entry in entries)  # as it is called here
+        write_text(self.run_dir / "metrics.jsonl", "".join(self._metrics))
         facts = result.manifest["facts"]
         row = summary.TrainingRow(
             label=label,
@@ -267,6 +283,7 @@ class Bench:
         inputs: list[str],
         work: Callable[[Path], dict[str, Any]],
         guess: dict[str, Any],
+        accepts: Callable[[dict[str, Any]], bool] = lambda facts: True,
     ) -> Result:
         name = f"{step} {label}"
         if isinstance(self.store, Planned):
@@ -276,7 +293,7 @@ class Bench:
             events.emit("stage", name=name, state="began")
             return work(folder)
 
-        result = self.store.do(step, VERSIONS[step], config, inputs, begin)
+        result = self.store.do(step, VERSIONS[step], config, inputs, begin, accepts)
         seconds, facts = result.manifest["seconds"], result.manifest["facts"]
         state = "done before" if result.cached else f"{seconds:.0f} s"
         events.emit("stage", name=name, state="cached" if result.cached else "done", seconds=seconds, facts=facts)

@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from upturn import registry
 from upturn._model import Strict
 from upturn.config import Objective, Plugin, Strategy
 from upturn.engines.api import Endpoint
@@ -168,3 +169,26 @@ class Measure(Strict):
     parallel: int = Field(default=0, ge=0)
     """Independent direct answers per prompt for the controls (votes, best of n, fresh answers, pass@k); 0 leaves them
     out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _turns_are_those_of_the_strategy(cls, given: Any) -> Any:
+        """One number for both: of a strategy that has turns, told here or there."""
+        options = given.get("strategy") if isinstance(given, dict) else None
+        options = (
+            options.dump()
+            if isinstance(options, Plugin)
+            else {"name": options}
+            if isinstance(options, str)
+            else options
+        )
+        if not isinstance(options, dict) or options.get("name") not in registry.names("strategies"):
+            return given  # nothing to compare, or something that is refused below
+        field = registry.find("strategies", options["name"]).Config.model_fields.get("turns")
+        if field is None:
+            return given
+        asked, own = given.get("turns"), options.get("turns")
+        if asked is not None and own is not None and asked != own:
+            raise ValueError(f"turns is {asked} and strategy.turns is {own}: leave one of them out, or make them equal")
+        turns = next(number for number in (asked, own, field.default) if number is not None)
+        return given | {"turns": turns, "strategy": options | {"turns": turns}}

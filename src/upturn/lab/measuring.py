@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from upturn.config import Plugin, plugin
 from upturn.evaluation import summary, turns
 from upturn.evaluation.summary import Measurement
 from upturn.lab.lab import Attempts, Measure, Model
 from upturn.lab.store import write_text
+from upturn.tracking import progress
 
 if TYPE_CHECKING:
     from upturn.lab.bench import Bench
@@ -74,10 +77,23 @@ def _judged(bench: Bench, drafts: Attempts, judges: Sequence[Plugin], label: str
     return found[0]
 
 
+def _speak_alike(*folders: Path) -> bool:
+    """Whether a token id means the same to these models."""
+    known: list[Any] = []
+    for folder in folders:
+        path = folder / "tokenizer.json"
+        tokens = json.loads(path.read_text(encoding="utf-8"))["model"].get("vocab") if path.is_file() else None
+        known.append((json.loads((folder / "config.json").read_text()).get("vocab_size"), tokens))
+    return all(one == known[0] for one in known)
+
+
 def _drift(bench: Bench, model: Model, chains: Attempts, label: str) -> dict[str, float]:
     """How far this model has moved from the first one measured, and from the one before."""
     if not bench.measured or model.endpoint or bench.measured[0].endpoint:
         return {}  # only weights tell distributions
+    if not bench.dry and not _speak_alike(model.folder, bench.measured[0].folder):
+        progress.say(f"{label}: no drift from {bench.measured[0].name}, whose tokens are others")
+        return {}
     start, previous = bench.measured[0], bench.measured[-1]
     moved = {"start": bench.drift(model, start, chains, f"{label} against start")}
     if previous.key == start.key:

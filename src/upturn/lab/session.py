@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +19,7 @@ from upturn.lab import estimate
 from upturn.lab.bench import Bench
 from upturn.lab.lab import Measure, Options
 from upturn.lab.store import Planned, Store, unwritable, write_text, writing
+from upturn.models.chat import Layout
 from upturn.strategies._base import num_drafts
 from upturn.tracking import events, trackers
 from upturn.types import Requests
@@ -29,7 +30,8 @@ def run(name: str, overrides: Sequence[str]) -> tuple[Path, Summary]:
     run_name, recipe, cfg = config.load(name, overrides)
     _, planned = _planned(run_name, recipe, cfg)  # finds what is missing for a late step before the first one
     bench = _bench(run_name, recipe, cfg)
-    with writing(bench.run_dir), _told(bench, [step["name"] for step in planned.steps], cfg):
+    steps = [step["name"] for step in planned.steps]
+    with writing(bench.run_dir), _told(bench, steps, cfg), _stopped_if_it_fails(bench):
         recipe.run(cfg, bench)
         return _finish(bench)
 
@@ -67,6 +69,8 @@ class Setting:
     """Go on without the prompts that an endpoint does not answer."""
     requests: Requests | None = None
     """What is said behind drafts; the task's own requests when not given."""
+    layout: Layout = "auto"
+    """How drafts are shown."""
 
 
 def evaluate(model: str, task: str, cfg: dict[str, Any], setting: Setting = Setting()) -> tuple[Path, Summary]:
@@ -108,7 +112,7 @@ def _measured(
     cfg = config.checked(Measure, settings, recipe)
     names = {label: m if isinstance(m, str) else m.model for label, m in models.items()}
     name = list(names.values())[-1]
-    folder = s.output_dir or Path("runs") / f"{recipe}-{Path(name).name}-{task}"
+    folder = s.output_dir.expanduser() if s.output_dir else Path("runs") / f"{recipe}-{_short_name(name)}-{task}"
     summary = Summary(
         upturn=__version__,
         recipe=recipe,
@@ -119,19 +123,21 @@ def _measured(
         status="running",
         turns=cfg.turns,
     )
-    options = config.checked(Options, {"dtype": s.dtype}, recipe)
+    options = config.checked(Options, {"dtype": s.dtype, "layout": s.layout}, recipe)
     bench = Bench(folder, _store(folder, None), plugin, options, s.seed, summary, skip_failed=s.skip_failed)
     if s.requests and not any(setting.startswith(("refine_request", "critique_request")) for setting in s.task):
         bench.requests = s.requests  # a model is measured as it was trained
-    _write_config(folder, recipe, {"models": names, "task": plugin.dump(), "measure": cfg.model_dump()})
-    with writing(folder), _told(bench):
+    what = {"models": {label: _told_model(model) for label, model in models.items()}, "task": plugin.dump()}
+    how = {"measure": cfg.model_dump(), "options": options.model_dump(), "seed": s.seed}
+    _write_config(folder, recipe, what | how, fixed=what)
+    with writing(folder), _told(bench), _stopped_if_it_fails(bench):
         for label, model in models.items():
             bench.measure(bench.load(model) if isinstance(model, str) else bench.behind(model), cfg, label)
         return _finish(bench)
 
 
 def _bench(run_name: str, recipe: ModuleType, cfg: Any) -> Bench:
-    folder = Path(cfg.output_dir or Path("runs") / run_name)
+    folder = _folder(run_name, cfg)
     store = _store(folder, cfg.store)
     _write_config(folder, _name(recipe), cfg.model_dump(mode="json"))
     return Bench(folder, store, cfg.task, cfg.options, cfg.seed, _summary(run_name, recipe, cfg), cfg.limit)
@@ -142,18 +148,36 @@ def _store(folder: Path, store: str | None) -> Store:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(folder, error) from error
-    return Store(Path(store) if store else folder / "store")
+    return Store(Path(store).expanduser() if store else folder / "store")
 
 
-def _write_config(folder: Path, recipe: str, settings: dict[str, Any]) -> None:
-    """Keep the resolved settings. A folder with another recipe's run is not written over."""
+def _folder(run_name: str, cfg: Any) -> Path:
+    return Path(cfg.output_dir).expanduser() if cfg.output_dir else Path("runs") / run_name
+
+
+def _short_name(model: str) -> str:
+    """What a run folder is called after: a local model with the folder around it, as all runs call theirs `model`."""
+    path = Path(model).expanduser()
+    return "-".join(path.resolve().parts[-2:]) if path.is_dir() else path.name
+
+
+def _told_model(model: str | Endpoint) -> Any:
+    return model if isinstance(model, str) else {"url": model.url, "model": model.model}
+
+
+def _write_config(folder: Path, recipe: str, settings: dict[str, Any], fixed: Mapping[str, Any] | None = None) -> None:
+    """Keep the resolved settings. A folder with another recipe's run, or with other `fixed` settings, is not written
+    over."""
     path = folder / "config.yaml"
     if path.is_file():
-        there = (yaml.safe_load(path.read_text()) or {}).get("recipe")
-        if there not in (None, recipe):
-            raise RunError(
-                f"run folder {folder}", f"It holds a run of the recipe '{there}'.", "Set output_dir to another folder."
-            )
+        there = yaml.safe_load(path.read_text()) or {}
+        if there.get("recipe") not in (None, recipe):
+            what = f"It holds a run of the recipe '{there['recipe']}'."
+            raise RunError(f"run folder {folder}", what, "Set output_dir to another folder.")
+        for name, value in (fixed or {}).items():
+            if there.get(name, value) != value:
+                what = f"It holds the results of other {name}: {there[name]}, not {value}."
+                raise RunError(f"run folder {folder}", what, "Give another --output-dir, or delete this one.")
     with writing(folder):
         write_text(path, yaml.safe_dump({"recipe": recipe} | settings, sort_keys=False))
 
@@ -168,6 +192,18 @@ def _told(bench: Bench, steps: Sequence[str] | None = None, cfg: Any = None) -> 
     return events.record([events.File(bench.run_dir / events.FILE), *sinks], **start)
 
 
+@contextmanager
+def _stopped_if_it_fails(bench: Bench) -> Iterator[None]:
+    """A summary that nobody goes on with says so."""
+    try:
+        yield
+    except BaseException:
+        if bench.summary.stages:
+            with suppress(OSError):
+                bench.summary.model_copy(update={"status": "stopped"}).write(bench.run_dir / "summary.json")
+        raise
+
+
 def _finish(bench: Bench) -> tuple[Path, Summary]:
     from upturn.report import page
 
@@ -179,8 +215,8 @@ def _finish(bench: Bench) -> tuple[Path, Summary]:
 
 def _planned(run_name: str, recipe: ModuleType, cfg: Any) -> tuple[Bench, Planned]:
     """Go through a recipe without doing or writing anything."""
-    folder = Path(cfg.output_dir or Path("runs") / run_name)
-    store = Planned(Path(cfg.store) if cfg.store else folder / "store")
+    folder = _folder(run_name, cfg)
+    store = Planned(Path(cfg.store).expanduser() if cfg.store else folder / "store")
     bench = Bench(folder, store, cfg.task, cfg.options, cfg.seed, _summary(run_name, recipe, cfg), cfg.limit)
     recipe.run(cfg, bench)
     return bench, store

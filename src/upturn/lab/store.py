@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -80,20 +81,30 @@ class Store:
             raise unwritable(folder, error) from error
 
     def do(
-        self, name: str, version: int, config: Any, inputs: Sequence[str], work: Callable[[Path], dict[str, Any]]
+        self,
+        name: str,
+        version: int,
+        config: Any,
+        inputs: Sequence[str],
+        work: Callable[[Path], dict[str, Any]],
+        accepts: Callable[[dict[str, Any]], bool] = lambda facts: True,
     ) -> Result:
         """Return the result of a step, doing the work only where it is not there.
 
         `work` gets a folder in which it may keep partial progress: an interrupted step finds it again. What it
-        returns goes into the manifest. Another process that wants the same result waits, then reads it.
+        returns goes into the manifest. Another process that wants the same result waits, then reads it. A result
+        whose facts are not accepted becomes partial progress again.
         """
         key = key_of(name, version, config, inputs)
-        if found := _find(self.folder, name, key):
+        if (found := _find(self.folder, name, key)) and accepts(found.manifest["facts"]):
             return found
         final, part = self.folder / f"{name}-{key}", self.folder / f"{name}-{key}.part"
         with writing(part), FileLock(self.folder / f".{name}-{key}.lock"):
             if found := _find(self.folder, name, key):
-                return found
+                if accepts(found.manifest["facts"]):
+                    return found
+                shutil.rmtree(part, ignore_errors=True)
+                os.replace(final, part)
             part.mkdir(exist_ok=True)
             began = time.time()
             give_back()

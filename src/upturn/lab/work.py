@@ -135,12 +135,14 @@ def ask(
 
     The answered prompts are kept, and only the others are asked for again; with `skip_failed` they are left out.
     """
-    engine = api.Api(endpoint, s.requests, how, seed=s.seed)
-    facts = _in_chunks(engine, prompts, rule, s, s.options.chunk_prompts or ASKED, keep_parts=not skip_failed)
+    engine, size = api.Api(endpoint, s.requests, how, seed=s.seed), s.options.chunk_prompts or ASKED
+    if not skip_failed:
+        _unmerge(s.folder, prompts, size)
+    facts = _in_chunks(engine, prompts, rule, s, size, keep_parts=not skip_failed)
     if engine.notice:
         progress.say(f"{s.label}: {engine.notice}")
     failures = json.loads((s.folder / FAILURES).read_text()) if (s.folder / FAILURES).is_file() else {}
-    if failures and not skip_failed:
+    if failures and (not skip_failed or len(failures) == len(prompts)):
         first = "; ".join(f"{prompt}: {reason}" for prompt, reason in list(failures.items())[:3])
         raise RunError(
             f"{s.label}: {endpoint.chat_url}",
@@ -148,7 +150,8 @@ def ask(
             f"{s.folder / FAILURES}.",
             "Run the same command again to ask for these only, or add --skip-failed to go on without them.",
         )
-    return facts | {"failed": len(failures)}
+    left_out = {"left_out": sha256("\n".join(sorted(failures)).encode()).hexdigest()[:16]} if failures else {}
+    return facts | {"failed": len(failures)} | left_out
 
 
 def _in_chunks(
@@ -170,7 +173,7 @@ def _in_chunks(
         for number, chunk in enumerate([] if merged else chunks):
             path = s.folder / f"chunk-{number:05d}.jsonl"
             done = {json.loads(line)["prompt"]["id"]: line for line in _lines_of(path)}
-            bar.advance(sum(len(json.loads(line)["drafts"]) for line in done.values()))
+            bar.find(sum(len(json.loads(line)["drafts"]) for line in done.values()))
             missing = [prompt for prompt in chunk if prompt.id not in done]
             if not missing:
                 continue
@@ -188,11 +191,24 @@ def _in_chunks(
         write_text(s.folder / FAILURES, json.dumps(failures, indent=2))
     elif (s.folder / FAILURES).is_file() and not merged:
         (s.folder / FAILURES).unlink()
-    return {} if failures and keep_parts else _merge(s.folder)
+    keeps = failures and (keep_parts or len(failures) == len(prompts))
+    return {} if keeps else _merge(s.folder)
 
 
 def _lines_of(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
+
+
+def _unmerge(folder: Path, prompts: Sequence[Prompt], size: int) -> None:
+    """Make chunks again of drafts that were merged without those of some prompts."""
+    whole = folder / "drafts.jsonl"
+    if not whole.is_file() or not (folder / FAILURES).is_file():
+        return
+    done = {json.loads(line)["prompt"]["id"]: line + "\n" for line in _lines_of(whole)}
+    for number, first in enumerate(range(0, len(prompts), size)):
+        chunk = [done[prompt.id] for prompt in prompts[first : first + size] if prompt.id in done]
+        write_text(folder / f"chunk-{number:05d}.jsonl", "".join(chunk))
+    whole.unlink()
 
 
 def _merge(folder: Path) -> dict[str, int]:

@@ -46,30 +46,37 @@ class Bar:
 
     def __init__(self, label: str, total: int, unit: str, bar: Progress | None) -> None:
         self._label, self._total, self._unit, self._bar = label, total, unit, bar
-        self._done, self._start = 0, time.monotonic()
+        self._done, self._found, self._start = 0, 0, time.monotonic()
         self._last = self._start
         self._task = bar.add_task(label, total=total, rate="", extra="") if bar else None
         self._extra, self._told = "", -1
         self._tell_if_due()
+
+    def find(self, count: int) -> None:
+        """Count units that were finished before: they say nothing of the rate."""
+        self._found += count
+        self.advance(count)
 
     def advance(self, count: int = 1, extra: str = "") -> None:
         """Count finished units; `extra` is a short figure to show, such as the loss."""
         self._done += count
         self._extra = extra
         self._tell_if_due()
-        now = time.monotonic()
-        rate = self._done / max(now - self._start, 1e-9)
+        now, rate = time.monotonic(), self._rate()
         if self._bar and self._task is not None:
             self._bar.update(self._task, advance=count, rate=f"{rate:.1f} {self._unit}/s", extra=extra)
         elif _mode != "quiet" and now - self._last >= PLAIN_EVERY:
             self._last = now
-            left = (self._total - self._done) / rate
-            say(f"{self._label}: {self._done}/{self._total}, {rate:.1f} {self._unit}/s, {left:.0f} s left {extra}")
+            left = f"{(self._total - self._done) / rate:.0f} s left" if rate else "nothing finished yet"
+            say(f"{self._label}: {self._done}/{self._total}, {rate:.1f} {self._unit}/s, {left} {extra}".rstrip())
 
     def close(self) -> None:
         """Tell how far it came."""
         if self._told != self._done:
             self._tell()
+
+    def _rate(self) -> float:
+        return (self._done - self._found) / max(time.monotonic() - self._start, 1e-9)
 
     def _tell_if_due(self) -> None:
         if events.due(f"progress {self._label}", EVENT_EVERY):
@@ -77,14 +84,13 @@ class Bar:
 
     def _tell(self) -> None:
         self._told = self._done
-        rate = self._done / max(time.monotonic() - self._start, 1e-9)
         events.emit(
             "progress",
             label=self._label,
             done=self._done,
             total=self._total,
             unit=self._unit,
-            rate=round(rate, 4),
+            rate=round(self._rate(), 4),
             extra=self._extra,
         )
 

@@ -159,7 +159,7 @@ class _Trainer:
             log(entry)
         saved = time.monotonic()
         with progress.track(f"{self.job.label}: training", len(self.steps), "steps") as bar:
-            bar.advance(first)
+            bar.find(first)
             for number in range(first, len(self.steps)):
                 entry = self._step(number)
                 self.history.append(entry)
