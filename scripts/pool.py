@@ -1,7 +1,8 @@
 """Several seeds of one recipe as one Markdown table: `python scripts/pool.py runs/demo runs/demo-seed1 ...`.
 
 Accuracies are means over seeds. The interval of the gain is a bootstrap over seeds and prompts
-(`upturn.evaluation.turns.pooled_gain`); flips are summed over seeds.
+(`upturn.evaluation.turns.pooled_gain`); flips are summed over seeds. The vote is that of all direct answers of a
+measurement, whatever their tokens.
 """
 
 from __future__ import annotations

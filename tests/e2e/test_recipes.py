@@ -36,6 +36,22 @@ def test_every_recipe_has_a_config_on_the_embedded_world():
     assert set(WORLD.values()) == set(registry.names("recipes"))
 
 
+@pytest.mark.parametrize("name", registry.names("recipes"))
+def test_no_recipe_has_a_field_that_is_taken_for_the_data_of_its_task(name: str):
+    assert "data" not in registry.find("recipes", name).Config.model_fields
+
+
+def test_all_answers_so_far_can_be_learnt():
+    _, _, cfg = config.load("think_prune_train", ["answers=accumulate"])
+    assert cfg.answers == "accumulate"
+
+
+@pytest.mark.parametrize("name", ["grpo_turns", "score_rl", "srt"])
+def test_policy_gradients_sample_from_the_model_as_it_is(name: str):
+    """Their ratios count from log-probs at temperature 1."""
+    assert registry.find("recipes", name).Config(model="tiny", task="carry").sampling.temperature == 1
+
+
 class Killed(BaseException):
     """What nobody catches."""
 

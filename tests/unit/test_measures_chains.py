@@ -89,6 +89,7 @@ def test_equal_tokens_are_linear_between_points():
     assert middle and (middle.value, middle.n) == (pytest.approx(0.75 * 0.25 + 0.25 * 0.5), 4)
     assert at_equal_tokens(fresh, 4) == fresh[1].accuracy
     assert at_equal_tokens(fresh, 6) == fresh[2].accuracy
+    assert at_equal_tokens([fresh[0].model_copy(update={"tokens": 0})], 0) is None  # unknown, and not as cheap
     assert (at_equal_tokens(fresh, 1.9), at_equal_tokens(fresh, 6.1), at_equal_tokens([], 5)) == (None, None, None)
 
 
@@ -214,6 +215,25 @@ def test_progress_and_direct_gain_worked_by_hand():
     assert found.progress.before == "base"
     assert (found.progress.direct.value, found.progress.last.value, found.progress.gain.value) == (0, 0.5, 0.5)
     assert (found.progress.pass_large, found.progress.reward) == (None, None)
+
+
+def test_without_a_verifier_only_texts_tokens_and_rewards_are_left():
+    def silent(attempts: list[Attempt]) -> list[Attempt]:
+        return [scripted.rewarded(attempt, *[math.nan] * len(attempt.drafts)) for attempt in attempts]
+
+    rewards = [scripted.rewarded(attempt, 1, 2, 4) for attempt in CHAIN]
+    judged = Measured("m", 1, CHAIN, PARALLEL, rewards, REWARDS)
+    unjudged = replace(judged, chain=silent(CHAIN), parallel=silent(PARALLEL))
+    known, found = (model_study(one, one, one) for one in (judged, unjudged))
+    assert known.judged and not found.judged
+    nulls = ("gain", "direct_gain", "ceilings", "control", "excess", "progress")
+    assert all(getattr(known, name) is not None and getattr(found, name) is None for name in nulls)
+    assert all(getattr(known, name) and getattr(found, name) == () for name in ("tests", "paths", "costs", "stops"))
+    assert found.drift == known.drift.model_copy(update={"pass_large": None})
+    assert (found.drift.reward_first, found.drift.reward) == (1, 4)
+    # a repeats turn 2, c repeats both times, d repeats once
+    told = [(row.copied, row.fixed, row.broken, row.copied_right, row.copied_wrong) for row in found.revisions]
+    assert told == [(0.5, None, None, None, None), (0.5, None, None, None, None), (0.25, None, None, None, None)]
 
 
 def test_models_are_compared_on_the_prompts_that_both_have():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -149,3 +150,15 @@ def test_nothing_to_compare_is_refused():
         compare({"a": [Run(0, "m", chains(OLD))]})
     with pytest.raises(RunError, match="arm b"):
         compare({"a": [Run(0, "m", chains(OLD))], "b": []})
+
+
+def test_arms_that_no_verifier_judged_are_refused():
+    silent = [scripted.rewarded(attempt, math.nan, math.nan) for attempt in chains(OLD)]
+    with pytest.raises(RunError, match="arm new\n    No verifier judged"):
+        compare({"old": [Run(0, "base", chains(OLD))], "new": [Run(0, "base", silent)]})
+
+
+def test_unknown_tokens_are_not_equal_tokens():
+    free = [chains(rows, tokens=(0, 0)) for rows in (OLD, NEW)]
+    found = compare({name: [Run(0, "base", made)] for name, made in zip(("old", "new"), free, strict=True)})
+    assert [row.what for row in found.contrasts] == ["first turn", "last turn", "gain"]

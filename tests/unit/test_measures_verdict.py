@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -107,6 +109,20 @@ def test_an_unlucky_first_turn_is_not_refinement():
     assert found.kind == "unclear"
     assert "but against the mean of its other direct answers by +5.0 points" in found.sentence
     assert judged(Measured("m", 0, chains)).kind == "refines"
+
+
+def test_a_vote_has_no_price_where_tokens_are_unknown():
+    chains, siblings = scripted.model(0, "refines", scripted.difficulties(0), num_parallel=8)
+    priced, free = ([uncounted(a) if free else a for a in chains] for free in (False, True))
+    assert "a vote of" in judged(Measured("m", 0, priced, siblings)).sentence
+    found = judged(Measured("m", 0, free, [uncounted(attempt) for attempt in siblings]))
+    assert found.kind == "refines" and "a vote of" not in found.sentence
+
+
+def uncounted(attempt: Attempt) -> Attempt:
+    """As of an endpoint that tells neither ids nor their number."""
+    bare = tuple(replace(draft, token_ids=(), sampler_logprobs=()) for draft in attempt.drafts)
+    return replace(attempt, drafts=bare)
 
 
 def test_models_that_answer_once_or_never():
@@ -224,3 +240,22 @@ def test_a_study_knows_base_and_predecessor():
     assert found.verdict and found.verdict.kind == "refines"
     assert found.advice and (found.name, found.seed) == ("run", 3)
     assert study(summary, []).verdict is None
+
+
+def test_a_run_that_no_verifier_judged_has_no_verdict_no_advice_and_no_precision():
+    summary = Summary(
+        upturn="0", recipe="srpo", name="run", model="tiny", task="data", seed=0, status="finished", turns=2,
+        training=tuple(trained(400, 150, label_precision=0.0)),
+    )  # fmt: skip
+    chains = counted(20, 10, 50, 20)
+    silent = [scripted.rewarded(attempt, math.nan, math.nan) for attempt in chains]
+    # each model is rewarded by one more than the one before, which looks like a gamed scorer
+    rewards = {k: [scripted.rewarded(attempt, k, k + 1) for attempt in chains] for k in (1, 2)}
+    measured = [Measured(f"iteration {k}", k, silent, chain_rewards=rewards[k]) for k in (1, 2)]
+    found = study(summary, measured)
+    assert (found.verdict, found.advice) == (None, None)
+    assert [row.label_precision for row in found.training] == [None, None]
+    assert [row.label_precision for row in summary.training] == [0.0, 0.0]
+    judged = study(summary, [replace(one, chain=chains) for one in measured])
+    assert judged.advice and "is being gamed" in " ".join(judged.advice.reasons)
+    assert judged.training == summary.training

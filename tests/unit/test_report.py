@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from upturn.evaluation.summary import Summary, drafts_file
 from upturn.report import drafts, read
 from upturn.report.page import write_page
 from upturn.strategies import critique_refine
-from upturn.types import Attempt, Draft, Kind, Prompt, Score, answers
+from upturn.types import Attempt, Draft, Kind, Prompt, Score, answers, to_json
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +259,63 @@ def test_panels_without_data_are_left_out(tmp_path: Path):
     page = write_page(single).read_text()
     assert re.findall(r'<section[^>]* aria-labelledby="(\w+)"', page) == ["turns", "drift", "drafts", "how", "config"]
     Outline(page)
+
+
+def silent(attempts: Sequence[Attempt]) -> list[Attempt]:
+    """As a task without a verifier judges them."""
+    return [replace(a, scores=(Score(math.nan, False, "no verifier"),) * len(a.drafts)) for a in attempts]
+
+
+def test_a_page_says_that_no_verifier_judged(tmp_path: Path):
+    runs = [silent(chains(2, 20, 78)), silent(chains(30, 2, 68))]
+    answers = silent(run_folder.direct([[True, False]] * 100))
+    run_folder.write(tmp_path, summary_of(*runs, vote=answers), runs, [answers] * 2)
+    for label, attempts in zip(LABELS, runs, strict=False):
+        judged = [json.dumps(to_json(attempt)) for attempt in run_folder.rewarded(attempts)]
+        (tmp_path / drafts_file(label, reward=True)).write_text("\n".join(judged))
+    page = write_page(tmp_path).read_text()
+    Outline(page)
+    seen = unescape(re.sub("<[^>]*>", "", page))
+    # the scorer gives a draft its index: 0 at the first turn, 1 at the last
+    told = "No verifier judged these answers. Only the reward says how turns compare: its mean is 0 at the first turn"
+    assert f"{told} and 1 at the last." in seen
+    wanted = ["turns", "drift", "pairs", "drafts", "stages", "how", "config"]
+    assert re.findall(r'<section[^>]* aria-labelledby="(\w+)"', page) == wanted
+    # accuracies of 0 of 100 would have intervals from 0.0 on
+    for false in ("0.0 to", "gamed", "Unclear", "✗", "✓", "wrong → right", "stayed wrong", "precise"):
+        assert false not in seen, false
+    drafts_seen = articles(page)
+    assert drafts_seen and {last for _, last in drafts_seen} == {"no verifier · 2 tokens"}
+    assert page.count("– not judged") == len(drafts_seen) and 'aria-label="not judged, not judged"' in page
+    assert "60 of 100" in seen
+
+
+def test_a_page_without_rewards_or_verifier_compares_nothing(tmp_path: Path):
+    page = page_of(tmp_path, *silent(chains(2, 20, 78)))
+    assert "Without one, and without rewards, turns cannot be compared." in page
+
+
+def test_a_draft_without_a_judgement_among_others_is_not_called_wrong(tmp_path: Path):
+    [half] = chains(1, 0, 0)
+    page = page_of(tmp_path, replace(half, scores=(Score(math.nan, False), Score(1.0, True))))
+    assert re.findall(r'class="verdict">(.*?)<', page) == ["– not judged", "✓ right"]
+    assert 'data-kind="fixed" data-path="nr"' in page  # it counts as wrong, as in the accuracy
+
+
+def test_a_page_says_that_tokens_are_unknown(tmp_path: Path):
+    def uncounted(attempts: Sequence[Attempt]) -> list[Attempt]:
+        bare = {"token_ids": (), "sampler_logprobs": (), "prompt_tokens": 0, "cached_tokens": 0}
+        return [replace(a, drafts=tuple(replace(draft, **bare) for draft in a.drafts)) for a in attempts]
+
+    run, answers = uncounted(chains(30, 2, 68)), uncounted(run_folder.direct([[True, False]] * 100))
+    run_folder.write(tmp_path, summary_of(run, vote=answers), [run], [answers])
+    page = write_page(tmp_path).read_text()
+    assert "How many tokens these answers took is unknown" in page
+    assert "at as many tokens" not in page and "At the tokens of the whole chain" not in page
+    assert 'aria-labelledby="cost-wide-title' not in page
+    cost = page.split('<section aria-labelledby="cost">')[1].split("</section>")[0]
+    assert "per prompt" not in cost  # no column of tokens, and the accuracies are still there
+    assert "Every way to use answers" in cost and "vote" in cost and "fresh answer" in cost
 
 
 def test_many_models_and_turns_have_a_page(tmp_path: Path):

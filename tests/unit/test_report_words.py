@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from run_folder import LABELS, chains, summary_of
 
+from upturn.evaluation import assemble
+from upturn.evaluation.assemble import Measured
 from upturn.evaluation.study import Path as Way
 from upturn.report import drawing, flow, terminal
 from upturn.report.diff import word_diff
 from upturn.report.formats import duration, listing, memory, p_value
+from upturn.types import Score
 
 
 def test_the_flow_counts_prompts_between_turns():
@@ -64,6 +70,16 @@ def test_the_terminal_shows_the_turns_of_every_model():
     # 98 of 100 right: Wilson 93.0 to 99.4, half of it 3.2
     assert "98.0" in text and "±3.2" in text and "+28.0" in text and "−18.0" in text
     assert max(len(line) for line in text.splitlines()) <= 80  # an ordinary terminal shows it whole
+
+
+def test_the_terminal_says_that_no_verifier_judged():
+    silent = [replace(attempt, scores=(Score(math.nan, False),) * 2) for attempt in chains(2, 20, 78)]
+    text = shown_in(120, terminal.turn_table(summary_of(silent)))
+    assert "small: no verifier judged these answers" in text and "right answers" not in text
+    [row] = [line for line in text.splitlines() if "base" in line]
+    assert row.split() == ["base", *"––––––"]  # two turns, gain, flips, copies
+    study = assemble.study(summary_of(silent), [Measured("base", 0, silent)])
+    assert terminal.verdict(study).startswith("No verifier judged these answers; ")
 
 
 def test_the_terminal_diff_does_not_depend_on_colour():

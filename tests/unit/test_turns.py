@@ -13,7 +13,7 @@ from upturn._model import Strict
 from upturn.errors import RunError
 from upturn.evaluation import summary as summaries
 from upturn.evaluation.summary import Summary, TrainingRow, measure
-from upturn.evaluation.turns import gain, majority, pass_at_k, pooled_gain, transitions, turn_table
+from upturn.evaluation.turns import gain, judged, majority, pass_at_k, pooled_gain, transitions, turn_table
 from upturn.types import Attempt, Draft, Prompt, Score
 
 QUALITY: Any = {"label_precision": 0.9, "chosen_earlier": 0.2}
@@ -203,6 +203,21 @@ def test_a_summary_survives_the_disk(tmp_path: Path):
 
 def test_attempts_that_all_stop_after_one_turn_have_no_gain():
     assert measure("base", 0, [chain("a", True)]).gain is None
+
+
+def unjudged(attempt: Attempt) -> Attempt:
+    return replace(attempt, scores=(Score(math.nan, False, "no verifier"),) * len(attempt.drafts))
+
+
+def test_without_a_verifier_nothing_is_right_or_wrong():
+    attempts = [unjudged(attempt) for attempt in chains(3, 1, 4, 2)]
+    assert judged([*attempts, chain("z", False, False)])  # a wrong answer is a judgement
+    assert not judged(attempts) and not judged([])
+    votes = majority([unjudged(parallel(("5", True), ("5", True)))])
+    found = measure("base", 0, attempts, vote=votes)
+    assert (found.gain, found.flips, found.transitions, found.majority) == (None, None, (), None)
+    assert [(row.n, row.tokens, row.mean_score) for row in found.turns] == [(10, 30, None)] * 2
+    assert measure("base", 0, [*attempts, chain("z", False, False)], vote=votes).majority == votes
 
 
 def test_every_field_of_the_summary_is_documented():

@@ -29,7 +29,7 @@ NOISY = 0.5
 
 
 def advice(models: Sequence[ModelStudy], training: Sequence[TrainingRow]) -> Advice | None:
-    """From the last two measured models and trainings; None where there is nothing to compare."""
+    """From the last two measured models and trainings; None where nothing can be compared, or no verifier judged."""
     if len(models) < 2 or models[-1].progress is None:
         return None
     progress = models[-1].progress

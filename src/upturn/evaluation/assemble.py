@@ -15,8 +15,8 @@ from upturn.evaluation.revisions import corrected, paths, revisions
 from upturn.evaluation.stats import Estimate
 from upturn.evaluation.stopping import stops
 from upturn.evaluation.study import ModelStudy, PassAt, Progress, Study
-from upturn.evaluation.summary import Summary
-from upturn.evaluation.turns import Gain, gain, pass_chance, transitions, turn_table
+from upturn.evaluation.summary import Summary, TrainingRow
+from upturn.evaluation.turns import Gain, gain, judged, pass_chance, transitions, turn_table
 from upturn.evaluation.verdicts import verdict
 from upturn.types import Attempt
 
@@ -45,6 +45,7 @@ def study(summary: Summary, measured: Sequence[Measured]) -> Study:
         model_study(one, measured[0] if place else None, measured[place - 1] if place else None, summary.seed)
         for place, one in enumerate(measured)
     )
+    training = summary.training if not models or models[-1].judged else _without_precision(summary.training)
     return Study(
         name=summary.name,
         recipe=summary.recipe,
@@ -53,9 +54,9 @@ def study(summary: Summary, measured: Sequence[Measured]) -> Study:
         seed=summary.seed,
         status=summary.status,
         models=models,
-        training=summary.training,
+        training=training,
         stages=summary.stages,
-        advice=advice(models, summary.training) if summary.training else None,
+        advice=advice(models, training) if training else None,
         verdict=verdict(models),
     )
 
@@ -72,10 +73,11 @@ def model_study(
     flips, turns = transitions(model.chain), turn_table(model.chain)
     ends = turns[0].turn, turns[-1].turn
     chain, parallel = model.chain, model.parallel
-    return ModelStudy(
+    found = ModelStudy(
         label=model.label,
         iteration=model.iteration,
         n=len({attempt.prompt.id for attempt in chain}),
+        judged=judged(chain),
         turns=tuple(turns),
         gain=gain(chain, *ends, seed) if ends in {(flip.first, flip.last) for flip in flips} else None,
         direct_gain=_direct_gain(model, base, seed) if base else None,
@@ -90,6 +92,23 @@ def model_study(
         drift=drift(chain, parallel, model.kl_start, model.kl_previous, model.chain_rewards, seed),
         progress=progress(model, before, seed) if before else None,
     )
+    return found if found.judged else _unjudged(found)
+
+
+def _unjudged(model: ModelStudy) -> ModelStudy:
+    """What is left without a verifier: texts, tokens and rewards, and nothing that asks what is right."""
+    nothing = {"fixed": None, "broken": None, "copied_right": None, "copied_wrong": None}
+    left: dict[str, object] = {
+        "revisions": tuple(row.model_copy(update=nothing) for row in model.revisions),
+        "drift": model.drift.model_copy(update={"pass_large": None}),
+    }
+    nulls = {"gain": None, "direct_gain": None, "ceilings": None, "control": None, "excess": None, "progress": None}
+    return model.model_copy(update=left | nulls | {"tests": (), "paths": (), "costs": (), "stops": ()})
+
+
+def _without_precision(training: Sequence[TrainingRow]) -> tuple[TrainingRow, ...]:
+    """Without a verifier no draft is right, so that the share of true labels is 0 and says nothing."""
+    return tuple(row.model_copy(update={"label_precision": None}) for row in training)
 
 
 def progress(model: Measured, before: Measured, seed: int = 0) -> Progress | None:

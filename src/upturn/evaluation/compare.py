@@ -23,7 +23,7 @@ from upturn.evaluation import stats, values
 from upturn.evaluation.controls import can_vote
 from upturn.evaluation.stats import Estimate
 from upturn.evaluation.summary import Label
-from upturn.evaluation.turns import scores_of, vote
+from upturn.evaluation.turns import judged, scores_of, vote
 from upturn.types import Attempt
 
 What = Literal["first turn", "last turn", "gain", "last turn at equal tokens"]
@@ -74,7 +74,8 @@ class Contrast(Strict):
     difference: Estimate
     """`after` minus `before`, in shares."""
     tokens: float | None
-    """The token budget per prompt of both arms, the smaller of their chains'; null where tokens are not made equal."""
+    """The token budget per prompt of both arms, the smaller of their chains'; null where tokens are not made equal. An
+    arm without a token, whose endpoint told none, has no contrast at equal tokens."""
     p_value: float
     test: Literal["McNemar", "bootstrap"]
     p_holm: float
@@ -94,7 +95,8 @@ def compare(arms: Mapping[str, Sequence[Run]], seed: int = 0, against: str | Non
     """Every pair of arms, the earlier one subtracted from the later; with `against`, only the pairs with that arm.
 
     An arm's prompts are those of all its runs, since the problems of some tasks depend on the seed. Raises RunError
-    where there is one arm only, an arm has no runs, a run no attempts, or two arms have other prompts.
+    where there is one arm only, an arm has no runs, a run no attempts or none that a verifier judged, or two arms have
+    other prompts.
     """
     arms = {name: sorted(runs, key=lambda run: run.seed) for name, runs in arms.items()}
     prompts = _prompts(arms)
@@ -118,6 +120,8 @@ def _prompts(arms: Mapping[str, Sequence[Run]]) -> list[str]:
     for name, runs in arms.items():
         if not runs or not all(run.chain for run in runs):
             raise RunError(f"arm {name}", "It has a run without attempts, or no run.", "Measure it, or leave it out.")
+        if not all(judged(run.chain) for run in runs):
+            raise RunError(f"arm {name}", "No verifier judged its answers.", "Compare runs of a task with a verifier.")
     first, *others = texts
     for other in others:
         same = sum(texts[first].get(prompt) == text for prompt, text in texts[other].items())
@@ -167,7 +171,7 @@ def _contrasts(before: Arm, after: Arm, prompts: Sequence[str], seed: int) -> It
         "gain": (values.gained, values.gained),
     }
     at_budget = [_right_at(_tokens_by_turn(runs), budget) for _, runs in (before, after)]
-    if at_budget[0] and at_budget[1]:
+    if budget and at_budget[0] and at_budget[1]:
         numbers["last turn at equal tokens"] = (at_budget[0], at_budget[1])
     paired = _pairs(before[1]) == _pairs(after[1])
     for what, (number, other) in numbers.items():

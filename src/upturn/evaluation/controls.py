@@ -45,8 +45,11 @@ def at_equal_tokens(points: Sequence[CostPoint], tokens: float) -> Estimate | No
     """The accuracy of one method at a number of generated tokens per prompt, linear between its points.
 
     The ends of the interval are interpolated too, which errs on the wide side: a mixture of two estimates has at most
-    the mixture of their standard errors. None where the tokens lie outside of the points.
+    the mixture of their standard errors. None where the tokens lie outside of the points, or are 0: unknown, since an
+    endpoint need not tell them.
     """
+    if not tokens:
+        return None
     exact = next((point.accuracy for point in points if point.tokens == tokens), None)
     for low, high in pairwise(sorted(points, key=lambda point: point.tokens)):
         if exact is None and low.tokens < tokens < high.tokens:

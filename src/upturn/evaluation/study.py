@@ -165,6 +165,9 @@ class ModelStudy(Strict):
     iteration: int
     n: int
     """Held-out prompts."""
+    judged: bool
+    """Whether a verifier judged any answer. Where it judged none, all that asks what is right is left out (null, or
+    empty): accuracies of turns say nothing, and only rewards compare turns."""
     turns: tuple[TurnRow, ...]
     gain: Gain | None
     """Refinement gain: the last turn against the first turn of this model."""
@@ -223,6 +226,6 @@ class Study(Strict):
     training: tuple[TrainingRow, ...] = ()
     stages: tuple[Stage, ...] = ()
     advice: Advice | None = Field(default=None)
-    """Null where nothing was trained."""
+    """Null where nothing was trained, or no verifier judged."""
     verdict: Verdict | None = None
-    """About the last model; null where nothing was measured."""
+    """About the last model; null where nothing was measured, or no verifier judged."""

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from upturn._model import Strict
 from upturn.errors import RunError
-from upturn.evaluation.turns import Gain, Majority, Transition, TurnRow, gain, transitions, turn_table
+from upturn.evaluation.turns import Gain, Majority, Transition, TurnRow, gain, judged, transitions, turn_table
 from upturn.types import Attempt
 
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")]
@@ -30,11 +30,12 @@ class Measurement(Strict):
     turns: tuple[TurnRow, ...]
     """One row per turn."""
     transitions: tuple[Transition, ...]
-    """One row per pair of turns."""
+    """One row per pair of turns; none where no verifier judged."""
     gain: Gain | None
-    """The last turn against the first; null where there is only one turn."""
+    """The last turn against the first; null where there is only one turn, or no verifier judged."""
     majority: Majority | None
-    """The vote of parallel drafts at about the same number of tokens; null where it was not measured."""
+    """The vote of all k direct answers, whatever their tokens (at equal tokens: `costs` of the study); null where there
+    were none, or no verifier judged."""
     kl_start: float | None = None
     """Nats per token: KL(this model || the first measured one), along this model's direct answers."""
     kl_previous: float | None = None
@@ -68,13 +69,13 @@ class TrainingRow(Strict):
     """Candidates that made no example, by reason."""
     label_precision: float | None
     """Share of the pairs whose chosen draft is right and whose rejected draft is wrong, by the verifier; None where
-    groups of drafts were trained on."""
+    groups of drafts were trained on. It says nothing where no verifier judged: the study leaves it out there."""
     chosen_earlier: float | None
     """Share of the pairs whose chosen draft has the lower turn: the chain made it worse."""
     final_loss: float | None
-    """Loss of the last step."""
+    """Mean loss over the last tenth of the steps."""
     metrics: dict[str, float | None] = Field(default_factory=dict)
-    """Further numbers of the last step, by name."""
+    """Means of further numbers over the last tenth of the steps, by name."""
 
 
 class Stage(Strict):
@@ -147,7 +148,8 @@ def measure(
     seed: int = 0,
 ) -> Measurement:
     """The measurement of one model from its scored attempts; `drift` has the KL by 'start' and 'previous'."""
-    rows, flips = turn_table(attempts), transitions(attempts)
+    known = judged(attempts)
+    rows, flips = turn_table(attempts), transitions(attempts) if known else []
     ends = flips and (rows[0].turn, rows[-1].turn) in {(flip.first, flip.last) for flip in flips}
     return Measurement(
         label=label,
@@ -156,7 +158,7 @@ def measure(
         turns=tuple(rows),
         transitions=tuple(flips),
         gain=gain(attempts, rows[0].turn, rows[-1].turn, seed) if ends else None,
-        majority=vote,
+        majority=vote if known else None,
         kl_start=(drift or {}).get("start"),
         kl_previous=(drift or {}).get("previous"),
         tokens=sum(row.tokens for row in rows),

@@ -38,7 +38,8 @@ class TurnRow(Strict):
     n: int
     """Prompts with an answer at this turn."""
     accuracy: float
-    """Share of right answers, 0 to 1."""
+    """Share of right answers, 0 to 1; an answer that could not be judged counts as wrong, so it says nothing where
+    `mean_score` is null."""
     low: float
     """Lower end of Wilson's 95 % interval of the accuracy."""
     high: float
@@ -101,7 +102,7 @@ class Gain(Strict):
 
 
 class Majority(Strict):
-    """The vote of parallel drafts: what the same model does with its tokens when it never refines."""
+    """The vote of parallel drafts: what the same model does when it answers several times and never refines."""
 
     votes: int
     """Drafts per prompt."""
@@ -132,6 +133,12 @@ def turn_table(attempts: Sequence[Attempt]) -> list[TurnRow]:
             if draft.parents and not draft.kept:
                 copies[draft.turn].append(draft.text == attempt.drafts[draft.parents[-1]].text)
     return [_turn_row(turn, drafts[turn], answers[turn], copies[turn]) for turn in sorted(drafts)]
+
+
+def judged(attempts: Sequence[Attempt]) -> bool:
+    """Whether a verifier judged any draft. Where it judged none, as in a task with `verifier: none`, every draft counts
+    as wrong, and nothing that asks what is right means anything."""
+    return any(not isnan(score.value) for attempt in attempts for score in scores_of(attempt))
 
 
 def _turn_row(turn: int, drafts: list[Draft], answers: list[Score], copies: list[bool]) -> TurnRow:

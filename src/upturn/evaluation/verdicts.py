@@ -35,8 +35,8 @@ SMALL_EDIT, FEW_FLIPS = 0.1, 0.05
 
 
 def verdict(models: Sequence[ModelStudy]) -> Verdict | None:
-    """About the last model; the first one is its base. None where nothing was measured."""
-    if not models:
+    """About the last model; the first one is its base. None where nothing was measured, or no verifier judged."""
+    if not models or not models[-1].judged:
         return None
     model = models[-1]
     flips = _flips(model)
@@ -148,16 +148,16 @@ def _null(model: ModelStudy) -> str:
 
 
 def _price(model: ModelStudy) -> str:
-    """The vote at the chain's tokens, or else the largest vote with its share of them."""
+    """The vote at the chain's tokens, or else the largest vote with its share of them; '' where tokens are unknown."""
     refined, votes = _points(model, "refine"), _points(model, "majority")
-    if not refined or not votes:
+    tokens = refined[-1].tokens if refined else 0
+    if not tokens or not votes:
         return ""
-    tokens = refined[-1].tokens
     equal = controls.at_equal_tokens(votes, tokens)
     if equal is not None:
         return f"; a vote of direct answers with as many tokens is right {_against(equal.value, refined[-1])}"
     most = votes[-1]
-    share = f"{100 * most.tokens / tokens:.0f}% of its tokens" if tokens else "its own tokens"
+    share = f"{100 * most.tokens / tokens:.0f}% of its tokens"
     return f"; a vote of {most.k} direct answers with {share} is right {_against(most.accuracy.value, refined[-1])}"
 
 

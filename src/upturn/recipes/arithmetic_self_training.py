@@ -1,8 +1,9 @@
 """Self-training on verified samples by SFT, DPO, KTO or IPO, offline or online (arXiv:2407.08400).
 
-Reproduces   16 samples per prompt and a verifier; SFT on the right ones, or a preference loss on right against wrong.
+Reproduces   16 samples per prompt and a verifier; SFT on right ones, or a preference loss on right against wrong.
              Offline: one pass over samples of the base. Online: fresh samples of the current model in each iteration.
-Differs      Online is by iterations of `prompts` prompts, not by single steps. No LoRA.
+Differs      Online is by iterations of `prompts` prompts, not by single steps. SFT learns one right answer of each
+             prompt, not all of them. No LoRA.
 """
 
 from __future__ import annotations

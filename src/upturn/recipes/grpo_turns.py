@@ -3,7 +3,8 @@
 Reproduces   GRPO's group advantages, clipping and KL, on chains of refinement: several chains per prompt, all turns of
              a chain in one token tree, only drafts are targets.
 Settings     reward: `last` (the last draft pays all), `sum` (of all turns), `improvement` (over the draft shown).
-Differs      Advantages are taken within a turn, since turns differ in difficulty.
+Differs      Advantages are taken within a turn, since turns differ in difficulty. Prompts whose advantages are all 0
+             (all chains as good as each other) are left out, and with them the KL that would hold their drafts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from upturn.engines.sampling import Config as Sampling
 from upturn.lab.lab import Lab
 from upturn.recipes._base import Iterated, Loop, Round, begin, iterate, part
 
@@ -19,6 +21,9 @@ from upturn.recipes._base import Iterated, Loop, Round, begin, iterate, part
 class Config(Iterated):
     """One run."""
 
+    sampling: Sampling = Sampling(temperature=1.0)
+    """Temperature 1, since ratios count from the model as it is: drafts of a cooler one move where training rests. Name
+    it in a `sampling` of your own, too."""
     chains: int = Field(default=8, ge=2)
     """Chains per prompt."""
     turns: int = Field(default=4, ge=1)

@@ -2,14 +2,17 @@
 
 Reproduces   stage I: reward for the second turn only, the first one held by a strong KL; stage II: both turns, the
              second one's reward shaped by its progress over the first; REINFORCE-like updates on-policy.
-Differs      Advantages are leave-one-out over several chains of a prompt, for less variance. The paper's base models,
-             scale and step counts are out of reach here.
+Differs      Advantages are leave-one-out over several chains of a prompt, for less variance. Prompts whose advantages
+             are all 0 are left out, and with them the KL that would hold their first turn. In stage II the first turn
+             gets no credit for the second one's reward, where the objective is the sum of both. The paper's base
+             models, scale and step counts are out of reach here.
 """
 
 from __future__ import annotations
 
 from pydantic import Field
 
+from upturn.engines.sampling import Config as Sampling
 from upturn.lab.lab import Lab
 from upturn.recipes._base import Iterated, Loop, Prompts, Round, begin, iterate, part
 
@@ -17,6 +20,9 @@ from upturn.recipes._base import Iterated, Loop, Prompts, Round, begin, iterate,
 class Config(Iterated):
     """One run; `iterations` are those of each stage."""
 
+    sampling: Sampling = Sampling(temperature=1.0)
+    """Temperature 1, since ratios count from the model as it is: drafts of a cooler one move where training rests. Name
+    it in a `sampling` of your own, too."""
     chains: int = Field(default=4, ge=2)
     """Chains of two turns per prompt."""
     shaping: float = Field(default=10.0, ge=0)

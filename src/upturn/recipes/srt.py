@@ -14,6 +14,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from upturn.engines.sampling import Config as Sampling
 from upturn.lab.lab import Attempts, Lab
 from upturn.recipes._base import Iterated, Loop, Round, begin, iterate, part
 from upturn.types import Prompt
@@ -22,6 +23,9 @@ from upturn.types import Prompt
 class Config(Iterated):
     """One run."""
 
+    sampling: Sampling = Sampling(temperature=1.0)
+    """Temperature 1, since ratios count from the model as it is: drafts of a cooler one move where training rests. Name
+    it in a `sampling` of your own, too."""
     samples: int = Field(default=32, ge=2)
     """Answers per prompt."""
     labeller: Literal["self", "frozen"] = "self"

@@ -27,8 +27,9 @@ class Config(Iterated):
     """Whether wrong answers are left out; the paper's claim is that without this the model stagnates or collapses."""
     start: Literal["base", "last"] = "base"
     """The model that each SFT starts from."""
-    data: Literal["replace", "accumulate"] = "replace"
-    """Whether earlier iterations' answers are trained on again."""
+    answers: Literal["replace", "accumulate"] = "replace"
+    """Whether each iteration's answers replace the earlier ones, or are learnt together with them. (Not `data`: in a
+    config that is the task's.)"""
 
 
 def run(cfg: Config, lab: Lab) -> None:
@@ -38,5 +39,5 @@ def run(cfg: Config, lab: Lab) -> None:
         part("selection", "correct", cap=cfg.cap, right_only=cfg.prune),
         part("objectives", "sft"),
     )
-    model = iterate(cfg, lab, begin(cfg, lab), what, Loop(start=cfg.start, data=cfg.data))
+    model = iterate(cfg, lab, begin(cfg, lab), what, Loop(start=cfg.start, data=cfg.answers))
     lab.publish(model, "Trained with Think, Prune, Train (arXiv:2504.18116).")

@@ -41,6 +41,7 @@ from upturn.report.tables import (
     head,
     p,
     rests_on,
+    tokens,
     without_empty,
     words,
 )
@@ -105,7 +106,7 @@ def _arm(arm: ArmRow, curve: ArmCurve) -> tuple[Cell, ...]:
         estimated(curve.fixed),
         estimated(curve.broken),
         estimated(arm.vote),
-        decimal(arm.tokens, 1),
+        tokens(arm.tokens),
     )
 
 

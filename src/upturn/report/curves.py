@@ -118,13 +118,15 @@ def _mark(axes: Axes, x: float, control: Control) -> None:
 
 
 def equal_tokens(model: ModelStudy) -> list[Control]:
-    """Each control at the tokens of the whole chain; where it was not sampled so far, its largest number of answers."""
-    refined = [point for point in model.costs if point.method == "refine"]
+    """Each control at the tokens of the whole chain; where it was not sampled so far, its largest number of answers.
+
+    None of them where tokens are unknown.
+    """
+    price = max((point.tokens for point in model.costs if point.method == "refine"), default=0)
     found = []
     for method in CONTROLS:
         points = [point for point in model.costs if point.method == method]
-        if refined and points:
-            price = refined[-1].tokens
+        if price and points:
             equal = at_equal_tokens(points, price)
             found.append(Control(method, equal or points[-1].accuracy, 1.0 if equal else points[-1].tokens / price))
     return found

@@ -9,11 +9,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
+from math import isnan
 
 from markupsafe import Markup, escape
 
+from upturn.evaluation.turns import judged
 from upturn.report.diff import word_diff
-from upturn.report.tables import Cell, Table, columns, head
+from upturn.report.tables import DASH, Cell, Table, columns, head, without_empty
 from upturn.types import Attempt, Draft, Score
 
 KINDS = {
@@ -41,7 +43,8 @@ class ShownDraft:
     """One draft."""
 
     turn: int
-    right: bool
+    right: bool | None
+    """None where it was not judged."""
     about: tuple[str, ...]
     """Score, note, and what else is to be said in a few words."""
     html: Markup
@@ -66,8 +69,9 @@ class Shown:
     id: str
     task: str
     kind: str
+    """'' where no verifier judged its measurement."""
     path: str
-    """A letter per draft: r right, w wrong."""
+    """A letter per draft: r right, w wrong, n not judged."""
     prompt: str
     drafts: tuple[ShownDraft, ...]
 
@@ -96,6 +100,11 @@ class Shelf:
         return sorted({attempt.task for attempt in self.shown})
 
     @property
+    def judged(self) -> bool:
+        """Whether any attempt has a kind."""
+        return any(attempt.kind for attempt in self.shown)
+
+    @property
     def critiques(self) -> bool:
         """Whether any draft followed a critique."""
         return any(draft.critique for attempt in self.shown for draft in attempt.drafts)
@@ -111,15 +120,18 @@ def shelf(answers: Sequence[tuple[str, Sequence[Attempt]]], task: str) -> Shelf:
     found, rows = [], []
     for label, attempts in reversed(answers):
         whole = [attempt for attempt in attempts if attempt.drafts]
-        shown = list(_within(BYTES // len(answers), (_show(attempt, label, task) for attempt in balanced(whole))))
+        known = judged(whole)
+        each = (_show(attempt, label, task, known) for attempt in balanced(whole))
+        shown = list(_within(BYTES // len(answers), each))
         found += shown
-        rows.append((head(label), *_tally(Counter(kind_of(a) for a in whole), Counter(a.kind for a in shown))))
+        kinds = Counter(kind_of(attempt) if known else "" for attempt in whole)
+        rows.append((head(label), *_tally(kinds, Counter(attempt.kind for attempt in shown))))
     heads = columns("model", *KINDS.values(), "all")
-    return Shelf(tuple(found), Table("On this page, of all in the run", heads, tuple(rows)))
+    return Shelf(tuple(found), without_empty(Table("On this page, of all in the run", heads, tuple(rows))))
 
 
 def _tally(whole: Counter[str], shown: Counter[str]) -> list[Cell]:
-    cells = [Cell(f"{shown[kind]} of {whole[kind]:,}") for kind in KINDS]
+    cells = [DASH if "" in whole else Cell(f"{shown[kind]} of {whole[kind]:,}") for kind in KINDS]
     return [*cells, Cell(f"{shown.total()} of {whole.total():,}")]
 
 
@@ -156,12 +168,11 @@ def _within(size: int, shown: Iterable[Shown]) -> Iterable[Shown]:
         yield attempt
 
 
-def _show(attempt: Attempt, label: str, task: str) -> Shown:
-    pairs = list(zip(attempt.drafts, attempt.scores, strict=True))
-    path = "".join("r" if score.right else "w" for _, score in pairs)
-    drafts = tuple(_draft(attempt, draft, score) for draft, score in pairs)
-    prompt = visible(attempt.prompt.text)
-    return Shown(label, visible(attempt.prompt.id), task, kind_of(attempt), path, prompt, drafts)
+def _show(attempt: Attempt, label: str, task: str, known: bool) -> Shown:
+    drafts = tuple(_draft(attempt, *pair) for pair in zip(attempt.drafts, attempt.scores, strict=True))
+    path = "".join({True: "r", False: "w", None: "n"}[draft.right] for draft in drafts)
+    prompt, kind = visible(attempt.prompt.text), kind_of(attempt) if known else ""
+    return Shown(label, visible(attempt.prompt.id), task, kind, path, prompt, drafts)
 
 
 def _draft(attempt: Attempt, draft: Draft, score: Score) -> ShownDraft:
@@ -169,8 +180,9 @@ def _draft(attempt: Attempt, draft: Draft, score: Score) -> ShownDraft:
     parent = attempt.drafts[draft.parents[-1]].text if draft.parents else None
     pieces = word_diff(text if parent is None else parent[:LONGEST], text)
     html = Markup("").join(Markup(_TAGS[change]).format(escape(visible(piece))) for change, piece in pieces)
+    unknown = isnan(score.value)
     about = (
-        "not judged" if score.value != score.value else f"score {score.value:.3g}",
+        "" if unknown else f"score {score.value:.3g}",
         visible(score.note),
         _unchanged(draft) if draft.text == parent else "",
         "" if draft.complete else "cut short",
@@ -178,7 +190,7 @@ def _draft(attempt: Attempt, draft: Draft, score: Score) -> ShownDraft:
     )
     return ShownDraft(
         turn=draft.turn,
-        right=score.right,
+        right=None if unknown else score.right,
         about=tuple(filter(None, about)),
         html=html,
         cut=len(draft.text) - len(text),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from upturn.evaluation.phrases import Interval, between, percent, signed
+from upturn.evaluation.study import Drift, Study
 
-__all__ = ["NOTHING", "Tone", "between", "duration", "listing", "memory", "p_value", "percent", "signed", "tone"]
+__all__ = ["Tone", "between", "duration", "headline", "listing", "memory", "p_value", "percent", "signed", "tone"]
 
 Tone = Literal["", "better", "worse"]
 """What an interval shows: all of it above 0, all of it below 0, or neither ('')."""
@@ -14,8 +15,19 @@ Tone = Literal["", "better", "worse"]
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-NOTHING = "Nothing has been measured yet."
-"""What there is to say of a run without a measurement."""
+def headline(study: Study) -> str:
+    """What is said of a run first: its verdict, or why there is none."""
+    if study.verdict:
+        return study.verdict.sentence
+    return _unjudged(study.models[-1].drift) if study.models else "Nothing has been measured yet."
+
+
+def _unjudged(drift: Drift) -> str:
+    if drift.reward is None or drift.reward_first is None:
+        return "No verifier judged these answers; without one, and without rewards, turns cannot be compared."
+    first, last = (f"{reward:.3g}".replace("-", "−") for reward in (drift.reward_first, drift.reward))
+    compared = f"its mean is {first} at the first turn and {last} at the last"
+    return f"No verifier judged these answers; only the reward says how turns compare: {compared}."
 
 
 def tone(interval: Interval) -> Tone:

@@ -19,6 +19,7 @@ from upturn.report.tables import (
     head,
     rests_on,
     share,
+    tokens,
     without_empty,
     words,
 )
@@ -32,22 +33,24 @@ def costs(model: ModelStudy) -> Table:
             head(NAMES[point.method]),
             count(point.k),
             estimated(point.accuracy),
-            decimal(point.tokens, 1),
-            decimal(point.prompt_tokens, 1),
+            tokens(point.tokens),
+            tokens(point.prompt_tokens),
         )
         for point in model.costs
     )
-    return Table(f"Accuracy and tokens, {model.label}", heads, rows, rests_on(point.accuracy for point in model.costs))
+    note = rests_on(point.accuracy for point in model.costs)
+    return without_empty(Table(f"Accuracy and tokens, {model.label}", heads, rows, note))
 
 
 def stops(model: ModelStudy) -> Table:
     """When to stop refining, and what it gives."""
     heads = columns(Column("rule", kind="words"), "turns | taken, mean", "tokens | per prompt", "right")
     rows = tuple(
-        (words(_rule(rule)), decimal(rule.mean_turns, 2), decimal(rule.tokens, 1), estimated(rule.accuracy))
+        (words(_rule(rule)), decimal(rule.mean_turns, 2), tokens(rule.tokens), estimated(rule.accuracy))
         for rule in model.stops
     )
-    return Table(f"When to stop, {model.label}", heads, rows, rests_on(rule.accuracy for rule in model.stops))
+    note = rests_on(rule.accuracy for rule in model.stops)
+    return without_empty(Table(f"When to stop, {model.label}", heads, rows, note))
 
 
 def _rule(rule: StopRule) -> str:
@@ -108,8 +111,8 @@ def drift(models: Sequence[ModelStudy]) -> Table:
                 head(model.label),
                 decimal(d.kl_start),
                 decimal(d.kl_previous),
-                decimal(d.length, 1),
-                decimal(d.length_last, 1),
+                tokens(d.length),
+                tokens(d.length_last),
                 *(share(value) for value in d.distinct),
                 decimal(d.entropy),
                 share(d.identical),

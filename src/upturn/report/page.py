@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from upturn.evaluation.study import Study
 from upturn.evaluation.summary import Summary
 from upturn.report import drafts, read, sections
-from upturn.report.formats import NOTHING
+from upturn.report.formats import headline
 
 FILE = "report.html"
 """The page, in the run folder."""
@@ -33,7 +33,7 @@ def render(run: read.Run, study: Study) -> str:
     return fill(
         "page.html.jinja",
         summary=run.summary,
-        headline=_headline(study.verdict.sentence if study.verdict else NOTHING),
+        headline=_headline(headline(study)),
         verdict=study.verdict,
         advice=study.advice,
         facts=_facts(run.summary),
@@ -65,7 +65,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def _headline(sentence: str) -> tuple[str, str]:
-    """The verdict's first clause, to be set large, and the rest as a sentence of its own."""
+    """The first clause, to be set large, and the rest as a sentence of its own."""
     clause, semicolon, rest = sentence.partition("; ")
     return (f"{clause}.", rest[:1].upper() + rest[1:]) if semicolon else (clause, "")
 

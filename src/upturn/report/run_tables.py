@@ -40,7 +40,8 @@ def pairs(training: Sequence[TrainingRow]) -> Table:
         )
         for row, bar in zip(training, bars, strict=True)
     )
-    return Table("Pairs", heads, rows, "Counted over all pairs of each training, so there are no intervals.")
+    note = "Counted over all pairs of each training, so there are no intervals."
+    return without_empty(Table("Pairs", heads, rows, note))
 
 
 def optimisation(training: Sequence[TrainingRow]) -> Table:
@@ -49,14 +50,15 @@ def optimisation(training: Sequence[TrainingRow]) -> Table:
         (head(row.label), count(row.steps), count(row.tokens), Cell(duration(row.seconds)), decimal(row.final_loss, 4))
         for row in training
     )
-    return Table("Optimisation", columns("training", "steps", "tokens", "time", "last loss"), rows)
+    heads = columns("training", "steps", "tokens", "time", "loss | mean of the last tenth of the steps")
+    return Table("Optimisation", heads, rows)
 
 
 def last_steps(training: Sequence[TrainingRow]) -> Table:
-    """All metrics of the last step of each training."""
+    """All metrics of each training, as means over the last tenth of its steps."""
     names = sorted({name for row in training for name in row.metrics})
     rows = tuple((head(name), *(_number(row.metrics.get(name)) for row in training)) for name in names)
-    return Table("The last step", columns("metric", *(row.label for row in training)), rows)
+    return Table("Means over the last tenth of the steps", columns("metric", *(row.label for row in training)), rows)
 
 
 def _number(value: float | None) -> Cell:

@@ -52,6 +52,8 @@ def of_run(study: Study, losses: Losses) -> list[Section]:
     """All panels of a run that have data, the main figure first."""
     if not study.models:
         found = [training(study, losses), stages(study)]
+    elif not study.models[-1].judged:
+        found = [unjudged(study.models), drift(study.models), training(study, losses), stages(study)]
     else:
         models = study.models
         found = [
@@ -89,6 +91,15 @@ def turns(models: Sequence[ModelStudy]) -> Section:
         (turn_tables.turn_table(models),),
         tuple(More(table.title, (table,)) for table in more if table),
     )
+
+
+def unjudged(models: Sequence[ModelStudy]) -> Section:
+    """In place of the main figure where nobody knows what is right."""
+    lead = (
+        "No verifier judged these answers, so nobody knows how many are right. Only the reward says how turns compare:"
+        " its means stand below as those of the training scorer, where there is one."
+    )
+    return Section("turns", "Turn by turn", lead, tables=(turn_tables.every_turn(models),))
 
 
 _MARKS: dict[Method, str] = {"majority": "◇", "best of n": "△", "resample": "✕"}
@@ -154,19 +165,23 @@ def cost(models: Sequence[ModelStudy]) -> Section | None:
     shown = [model for model in ends(models) if len(model.costs) > 1]
     if not shown:
         return None
+    known = any(point.tokens for model in shown for point in model.costs)
     lead = (
         "The same tokens can buy several direct answers instead: a vote, the best of them by the scorer, or just the"
         " last one. Refining is worth its price where its line is above theirs."
+        if known
+        else "How many tokens these answers took is unknown, since the endpoint does not tell it: nothing can be"
+        " compared at equal tokens."
     )
     priced = [model for model in models if model.costs]
     return Section(
         "cost",
         "What the tokens buy",
         lead,
-        curves.cost_panels(shown),
+        curves.cost_panels(shown) if known else None,
         tables=(model_tables.stops(shown[-1]),) if shown[-1].stops else (),
         more=(
-            More("The numbers of the figure, all models", tuple(model_tables.costs(model) for model in priced)),
+            More("Every way to use answers, all models", tuple(model_tables.costs(model) for model in priced)),
             *_stops_of(priced[:-1]),
         ),
     )
@@ -225,7 +240,7 @@ def training(study: Study, losses: Losses) -> Section | None:
         lead,
         loss_panels(losses) if losses else None,
         tables=(run_tables.pairs(study.training), run_tables.optimisation(study.training)),
-        more=(More("Numbers of the last steps", (run_tables.last_steps(study.training),)),)
+        more=(More("More numbers of the last steps", (run_tables.last_steps(study.training),)),)
         if any(row.metrics for row in study.training)
         else (),
     )

@@ -73,6 +73,11 @@ def decimal(number: float | None, digits: int = 3) -> Cell:
     return DASH if number is None else Cell(f"{number:.{digits}f}".replace("-", "−"))
 
 
+def tokens(mean: float | None) -> Cell:
+    """'12.3', a mean number of tokens; a dash for 0, which is what an endpoint tells that does not count them."""
+    return decimal(mean or None, 1)
+
+
 def share(value: float | None) -> Cell:
     """A share without an interval."""
     return DASH if value is None else Cell(percent(value))
@@ -101,8 +106,8 @@ def gained(gain: Gain | None) -> Cell:
 
 
 def turn(row: TurnRow | None) -> Cell:
-    """The accuracy of a turn."""
-    if row is None:
+    """The accuracy of a turn; a dash where none of its answers could be judged."""
+    if row is None or row.mean_score is None:
         return DASH
     return Cell(percent(row.accuracy), between(row, 100), about=f"n = {row.n:,}, Wilson")
 

@@ -10,7 +10,7 @@ from upturn.evaluation.study import Study
 from upturn.evaluation.summary import Measurement, Summary
 from upturn.evaluation.turns import Gain, TurnRow
 from upturn.report.diff import word_diff
-from upturn.report.formats import NOTHING, between, signed, tone
+from upturn.report.formats import between, headline, signed, tone
 from upturn.report.tables import Cell, Table
 
 _TONES = {"better": "green", "worse": "red", "": ""}
@@ -19,9 +19,12 @@ _STYLES = {"same": "", "gap": "", "added": "underline green", "removed": "strike
 
 def turn_table(summary: Summary) -> Rich:
     """One row per measured model: accuracy per turn in percent, and what the last turn adds to the first."""
-    turns = sorted({row.turn for measured in summary.measurements for row in measured.turns})
+    rows = [row for measured in summary.measurements for row in measured.turns]
+    turns = sorted({row.turn for row in rows})
+    unjudged = rows and all(row.mean_score is None for row in rows)
+    told = "no verifier judged these answers" if unjudged else "right answers in %, with 95% intervals"
     drawn = _empty(
-        f"{summary.name}: right answers in %, with 95% intervals",
+        f"{summary.name}: {told}",
         "gain: last turn against first, in points · w→r: from wrong to right, r→w: the reverse"
         " · same: last turn repeats the draft it was shown",
     )
@@ -47,8 +50,8 @@ def table(shown: Table) -> Rich:
 
 
 def verdict(study: Study) -> str:
-    """The verdict on the last measured model."""
-    return study.verdict.sentence if study.verdict else NOTHING
+    """The verdict on the last measured model, or why there is none."""
+    return headline(study)
 
 
 def diff(old: str, new: str) -> Text:
@@ -74,7 +77,9 @@ def _cell(cell: Cell) -> Text:
 
 
 def _accuracy(row: TurnRow | None) -> str:
-    return f"{100 * row.accuracy:.1f}\n±{50 * (row.high - row.low):.1f}" if row else "–"
+    if row is None or row.mean_score is None:
+        return "–"
+    return f"{100 * row.accuracy:.1f}\n±{50 * (row.high - row.low):.1f}"
 
 
 def _change(measured: Measurement) -> tuple[Text | str, str, str, str]:

@@ -37,7 +37,8 @@ class Trend:
 def trends(models: Sequence[ModelStudy]) -> list[Trend]:
     """The quantities of drift that were measured for at least one model."""
     drifts = [model.drift for model in models]
-    lengths = (("first turn", _of(drifts, "length")), ("last turn", _of(drifts, "length_last")))
+    first, last = (tuple(length or None for length in _of(drifts, name)) for name in ("length", "length_last"))
+    lengths = (("first turn", first), ("last turn", last))  # of 0 where an endpoint tells none
     rewards = (("first turn", _of(drifts, "reward_first")), ("last turn", _of(drifts, "reward")))
     distinct = tuple((f"n = {n}", tuple(drift.distinct[n - 1] for drift in drifts)) for n in (1, 2, 3))
     passed = tuple(drift.pass_large and drift.pass_large.share.value for drift in drifts)

@@ -133,7 +133,7 @@ def every_turn(models: Sequence[ModelStudy]) -> Table:
             count(row.n),
             turn(row),
             decimal(row.mean_score),
-            Cell(f"{row.tokens:,}", f"{row.tokens / row.drafts:.1f}"),
+            Cell(f"{row.tokens:,}", f"{row.tokens / row.drafts:.1f}") if row.tokens else DASH,
             Cell(f"{row.prompt_tokens:,}", f"{100 * row.cached_tokens / max(row.prompt_tokens, 1):.1f}%"),
             count(row.truncated),
             share(row.copied),
@@ -141,7 +141,8 @@ def every_turn(models: Sequence[ModelStudy]) -> Table:
         for model in models
         for row in model.turns
     )
-    return Table("Every turn", heads, rows, rests_on(row for model in models for row in model.turns))
+    shares = [row for model in models for row in model.turns if row.mean_score is not None]
+    return without_empty(Table("Every turn", heads, rows, rests_on(shares)))
 
 
 def paths(model: ModelStudy) -> Table:

@@ -40,7 +40,8 @@ class Quality:
     """What a rule's labels are worth; both NaN where there is no pair."""
 
     label_precision: float
-    """Share of the pairs whose chosen draft is right and whose rejected draft is wrong."""
+    """Share of the pairs whose chosen draft is right and whose rejected draft is wrong. Pairs do not tell whether a
+    verifier judged: where none did, no draft is right, the share is 0, and a study leaves it out."""
     chosen_earlier: float
     """Share of the pairs whose chosen draft has the lower turn: the chain made it worse."""
 
