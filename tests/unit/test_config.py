@@ -127,6 +127,7 @@ def test_configs_do_not_change(path: Path):
 )
 def test_a_measurement_has_the_turns_of_its_strategy(given: dict[str, Any], turns: int):
     cfg = config.checked(Measure, given, "measure")
+    assert cfg.strategy is not None
     assert cfg.turns == cfg.strategy.cfg.turns == turns
 
 

@@ -95,8 +95,7 @@ def show_diagnosis(folder: Path, study: Study) -> None:
 
     console = Console()
     console.print(terminal.turn_table(Summary.read(folder / "summary.json")))
-    if study.verdict:
-        console.print(study.verdict.sentence, style="bold", highlight=False)
+    console.print(terminal.verdict(study), style="bold", highlight=False)
     console.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 

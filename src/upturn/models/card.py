@@ -12,6 +12,7 @@ from upturn import __version__
 from upturn._model import Strict
 from upturn.errors import ModelError
 from upturn.evaluation.summary import Summary
+from upturn.evaluation.turns import TurnRow
 from upturn.types import GENERIC_CRITIQUE, Requests
 
 CITATION = """@article{zeng2025evolve,
@@ -61,14 +62,17 @@ def stage(label: str, objective: dict[str, Any], num_pairs: int) -> str:
     return f"{front}{text}```json\n{json.dumps(objective, indent=2)}\n```\n"
 
 
+def _right(turn: TurnRow) -> str:
+    """Share of right answers in percent; a dash where no verifier judged."""
+    return "–" if turn.mean_score is None else f"{100 * turn.accuracy:.1f}"
+
+
 def final(summary: Summary, about: str) -> str:
     """Card of the published model, with its turn table."""
     last = summary.measurements[-1] if summary.measurements else None
     turns = len(last.turns) if last else 0
     head = "| model | " + " | ".join(f"turn {t + 1}" for t in range(turns)) + " |\n|---" * 1
-    rows = [
-        f"| {m.label} | " + " | ".join(f"{100 * t.accuracy:.1f}" for t in m.turns) + " |" for m in summary.measurements
-    ]
+    rows = [f"| {m.label} | " + " | ".join(map(_right, m.turns)) + " |" for m in summary.measurements]
     table = "\n".join([head + "|---" * turns + "|", *rows])
     n = last.n if last else 0
     return f"""---
