@@ -295,7 +295,12 @@ class Terminal:
         fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         command = [sys.executable, "-m", "upturn.cli.main", "watch", "--interval", "0.1", *arguments]
         environment = os.environ | {"TERM": "xterm-256color"}
-        lead = lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0))  # noqa: E731
+
+        def lead() -> None:
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in what a shell started behind an &
+
         streams = {"stdin": other, "stdout": other, "stderr": other}
         self.child = subprocess.Popen(command, **streams, env=environment, preexec_fn=lead)  # type: ignore[call-overload]
         os.close(other)
