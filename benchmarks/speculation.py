@@ -6,7 +6,7 @@ Turns      so many chains at a time, one slot each; a chain waits at the end of 
 Refilled   more chains than slots, turns mixed as the engine does it: turn 1 alone, then all turns. What the later
            turns take is the difference, and no turn waits for its slowest chain.
 Known      a greedy chain that has its context again takes the answer from there, without a pass and in both arms. It
-           cannot have it in turn 2, so there a refinement's cost is that of turn 2.
+           cannot have it in turn 2, whose cost stands alone, too.
 Arms       with and without, by turns in one process, the other one first in every second repeat. Medians over
            repeats. Drafts may differ in bfloat16 (not with AMX), so seconds per token stand beside seconds per draft.
 Clock      wall, or CPU seconds of the process: with one thread these hold on a machine that has other work too.
@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from upturn.types import Attempt, Draft, Prompt, Requests
 CLOCKS = {"wall": _child.wall, "cpu": time.process_time}
 FEW, COPYING = 8, 2 / 3
 """The goal for a refinement holds for so few chains at a time, where so many words of a draft are kept."""
+PARTS = {"refined": "a refinement", "second": "the first refinement"}
 COUNTERS = ("num_forwards", "num_tokens_computed", "num_proposed", "num_accepted")
 
 
@@ -106,12 +107,11 @@ def by_turn(s: Setting, prompts: Sequence[Prompt], chains: int, seed: int, *, sp
             for name in spent[turn]:
                 spent[turn][name] += after[name] - before[name]
     drafts = [attempt.drafts for attempt in attempts]
-    counted = slice(1, 2 if s.how.temperature == 0 else None)
-    refined = {name: sum(turn[name] for turn in spent[counted]) for name in spent[0]}
-    later = _rates(refined, [draft for chain_ in drafts for draft in chain_[counted]])
+    refined = {name: sum(turn[name] for turn in spent[1:]) for name in spent[0]}
     return {
         "fresh": _rates(spent[0], [chain_[0] for chain_ in drafts]),
-        "refined": later | _copying([chain_[: counted.stop] for chain_ in drafts]),
+        "second": _rates(spent[1], [chain_[1] for chain_ in drafts]) | _copying([chain_[:2] for chain_ in drafts]),
+        "refined": _rates(refined, [draft for chain_ in drafts for draft in chain_[1:]]) | _copying(drafts),
     }
 
 
@@ -202,9 +202,9 @@ def _turns(setting: Setting, task: Any, chains: int, args: argparse.Namespace) -
     prompts = task.prompts("test", 0, -(-max(chains, args.prompts) // chains) * chains)
     found = alternating(f"{chains} chains", partial(by_turn, setting, prompts, chains), args.repeats)
     for run in found.values():
-        for unit in ("draft", "token"):
-            share = run["refined"][f"seconds_per_{unit}"] / run["fresh"][f"seconds_per_{unit}"]
-            run[f"refined_over_fresh_per_{unit}"] = round(share, 3)
+        for part, unit in product(("refined", "second"), ("draft", "token")):
+            share = run[part][f"seconds_per_{unit}"] / run["fresh"][f"seconds_per_{unit}"]
+            run[f"{part}_over_fresh_per_{unit}"] = round(share, 3)
     return found
 
 
@@ -217,13 +217,13 @@ def _mixed(setting: Setting, task: Any, slots: int, args: argparse.Namespace) ->
 def rows_of(temperature: float, turns: dict[int, Any], mixed: dict[int, Any], device: str) -> Iterator[_rows.Row]:
     """What a refinement costs beside a fresh turn, and what speculation is worth where slots are refilled."""
     how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
-    for chains, found in turns.items():
-        run, alone = found["with"], found["without"]["refined_over_fresh_per_draft"]
-        similar, taken = run["refined"]["similarity"], run["refined"]["acceptance"]
+    for (chains, found), (part, what) in product(turns.items(), PARTS.items()):
+        run, alone = found["with"], found["without"][f"{part}_over_fresh_per_draft"]
+        similar, taken = run[part]["similarity"], run[part]["acceptance"]
         goal = "<= 0.5" if chains <= FEW and similar >= COPYING else ""
         note = f"words kept {similar:.2f}, guesses accepted {taken:.2f}; without speculation {alone:.2f}"
-        name = f"a refinement over a fresh turn, {chains} at a time, {how}"
-        share = run["refined_over_fresh_per_draft"]
+        name = f"{what} over a fresh turn, {chains} at a time, {how}"
+        share = run[f"{part}_over_fresh_per_draft"]
         yield _rows.row(name, "share of the time", share, device=device, goal=goal, note=note)
     for slots, found in mixed.items():
         note = f"words kept {found['with']['similarity']:.2f}"
