@@ -39,10 +39,17 @@ class Plugin:
         return {"name": self.name} | self.cfg.model_dump(mode="json")
 
 
+def written(value: Any) -> dict[str, Any]:
+    """A plug-in as it stands in a recipe file, also where that is its bare name; nothing for anything else."""
+    if isinstance(value, Plugin):
+        return value.dump()
+    return {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else {}
+
+
 def _plug(value: Any, room: str) -> Plugin:
     if isinstance(value, Plugin):
         return value
-    options = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else {}
+    options = written(value)
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise PydanticCustomError("plugin", "{what}", {"what": "This needs a name.", "mend": _choices(room)})
@@ -136,9 +143,7 @@ def _short_for_task_data(data: dict[str, Any]) -> dict[str, Any]:
     """`data=PATH` says where the task's data lie."""
     if data.get("data") is None:
         return data
-    task = data.get("task")
-    task = {"name": task} if isinstance(task, str) else task if isinstance(task, dict) else {}
-    return {k: v for k, v in data.items() if k != "data"} | {"task": task | {"data": data["data"]}}
+    return {k: v for k, v in data.items() if k != "data"} | {"task": written(data.get("task")) | {"data": data["data"]}}
 
 
 def _value(text: str) -> Any:

@@ -11,6 +11,9 @@ Every message says where, what, and how to mend it, in that order. `assert` is f
 
 from __future__ import annotations
 
+import os
+import re
+
 
 class UpturnError(Exception):
     """Something the user can mend."""
@@ -34,3 +37,15 @@ class ModelError(UpturnError):
 
 class RunError(UpturnError):
     """A run cannot start or go on."""
+
+
+def first_line(error: Exception) -> str:
+    """The kind of an error that is not ours, and the beginning of what it says."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"
+
+
+def told_by_system(text: str) -> OSError | None:
+    """The system's error in the text of a library that makes none of it, as safetensors and tokenizers do."""
+    found = re.search(r"(?:os error|code:) (\d+)", text)
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None

@@ -25,6 +25,8 @@ from upturn.types import GENERIC_CRITIQUE, Prompt, Requests, answers, to_json
 
 VERSIONS = {"generate": 11, "score": 4, "select": 5, "train": 7, "drift": 5}
 """Raised when a step would give another result from the same inputs."""
+_PLACES = ("data", "test_data")
+"""Where a task's data lie; where a task tells what they hold, scores follow from that alone."""
 _TOLD: Any = dict.fromkeys(("label", "iteration", "n"), True) | {
     "turns": {"__all__": {"turn", "accuracy", "low", "high"}},
     "gain": {"points", "low", "high"},
@@ -55,10 +57,8 @@ class Bench:
     def __post_init__(self) -> None:
         self.task = self.task_plugin.module.load(self.task_plugin.cfg)
         self._task_key = self.task_plugin.dump()
-        if judges := getattr(self.task, "key", ""):  # what its data hold, wherever they lie
-            self._task_key = {k: v for k, v in self._task_key.items() if k not in ("data", "test_data")} | {
-                "key": judges
-            }
+        if holds := getattr(self.task, "key", ""):
+            self._task_key = {name: v for name, v in self._task_key.items() if name not in _PLACES} | {"key": holds}
         critique = getattr(self.task, "critique_request", "") or GENERIC_CRITIQUE
         self.requests = Requests(self.task.refine_request, critique)
 

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from upturn import registry
 from upturn._model import Strict
-from upturn.config import Objective, Plugin, Strategy
+from upturn.config import Objective, Plugin, Strategy, written
 from upturn.engines.api import Endpoint
 from upturn.engines.sampling import Config as Sampling
 from upturn.models.chat import Layout
@@ -174,15 +174,8 @@ class Measure(Strict):
     @classmethod
     def _turns_are_those_of_the_strategy(cls, given: Any) -> Any:
         """One number for both: of a strategy that has turns, told here or there."""
-        options = given.get("strategy") if isinstance(given, dict) else None
-        options = (
-            options.dump()
-            if isinstance(options, Plugin)
-            else {"name": options}
-            if isinstance(options, str)
-            else options
-        )
-        if not isinstance(options, dict) or options.get("name") not in registry.names("strategies"):
+        options = written(given.get("strategy")) if isinstance(given, dict) else {}
+        if options.get("name") not in registry.names("strategies"):
             return given  # nothing to compare, or something that is refused below
         field = registry.find("strategies", options["name"]).Config.model_fields.get("turns")
         if field is None:

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from upturn import __version__
-from upturn.errors import RunError
+from upturn.errors import RunError, told_by_system
 from upturn.lab._memory import forget_peak, give_back, peak_mb
 
 MANIFEST = "manifest.json"
@@ -160,10 +159,10 @@ def writing(folder: Path) -> Iterator[None]:
             raise
         raise unwritable(folder, error) from error
     except SafetensorError as error:  # its writer gives the system's error as text
-        found = re.search(r"(?:os error|code:) (\d+)", str(error))
-        if not found or int(found[1]) not in _DISK:
+        told = told_by_system(str(error))
+        if told is None or told.errno not in _DISK:
             raise
-        raise unwritable(folder, OSError(int(found[1]), os.strerror(int(found[1])))) from error
+        raise unwritable(folder, told) from error
 
 
 def unwritable(path: Path, error: OSError) -> RunError:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -21,10 +20,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
-from upturn.errors import ModelError
+from upturn.errors import ModelError, first_line, told_by_system
 from upturn.tracking import progress
 
 
@@ -138,7 +136,7 @@ def _from_hub(hub_id: str) -> str:
     except Exception as error:  # of the network, the hub, the token, the name, or the disk
         raise ModelError(
             f"model {hub_id}",
-            f"The hub gives no such model. {_first_line(error)}",
+            f"The hub gives no such model. {first_line(error)}",
             "Check the name, the network, your access (HF_TOKEN) and the disk (HF_HOME), or name a local folder.",
         ) from error
     _check_folder(Path(folder), hub_id)
@@ -170,6 +168,7 @@ def _convert(path: Path, sha256: str) -> Path:
 
 def _read(path: Path) -> tuple[Any, Any]:
     """The model of a GGUF file in bfloat16, and its tokenizer."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _reading(path):
@@ -187,7 +186,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         mend = "Convert it to a Hugging Face folder, or use another file."
-        raise ModelError(f"model {path}", _first_line(error), mend) from error
+        raise ModelError(f"model {path}", first_line(error), mend) from error
 
 
 def _models() -> Path:
@@ -238,13 +237,8 @@ def _system_words(error: Exception) -> str | None:
     """What the system says, if the error is its own; safetensors and tokenizers give it as text."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    found = re.search(r"(?:os error|code:) (\d+)", str(error)) if type(error) in (SafetensorError, Exception) else None
-    return os.strerror(int(found[1])) if found else None
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"
+    told = told_by_system(str(error)) if type(error) in (SafetensorError, Exception) else None
+    return told.strerror if told else None
 
 
 def _sha256(path: Path) -> str:

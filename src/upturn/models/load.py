@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from upturn.errors import ModelError
+from upturn.errors import ModelError, first_line
 from upturn.models import folders, lean
 
 Dtype = str
@@ -40,13 +40,13 @@ def load(name: str, dtype: Dtype = "auto", *, trust_remote_code: bool = False, d
             folder, dtype=_dtype(dtype), use_safetensors=True, attn_implementation="sdpa", **options
         )
     except Exception as error:  # the one place where any failure of a foreign folder becomes a message
-        raise ModelError(f"model {name}", _first_line(error), "Check the folder, or load another model.") from error
+        raise ModelError(f"model {name}", first_line(error), "Check the folder, or load another model.") from error
     ends = model.generation_config.eos_token_id if model.generation_config else None
     place = place_of(device)
     try:
         nn.Module.to(model, place)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device {place}", _first_line(error), "Use another device, or device=auto.") from error
+        raise ModelError(f"device {place}", first_line(error), "Use another device, or device=auto.") from error
     return Loaded(model.eval(), tokenizer, name, _ids(ends))
 
 
@@ -102,8 +102,3 @@ def _ids(ends: int | Sequence[int] | None) -> tuple[int, ...]:
 
 def _dtype(dtype: Dtype) -> Any:
     return "auto" if dtype == "auto" else getattr(torch, dtype)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"
