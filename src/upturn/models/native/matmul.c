@@ -31,13 +31,14 @@ int matmul(int64_t m, int64_t n, int64_t depth, const real *x, int64_t x_row, in
     if (left && right) {
 #pragma omp parallel if (m * n * depth > 65536)
         {
-            float sums[TALL * STRIP] __attribute__((aligned(64)));
+            float sums[NEAR_BLOCKS * TALL * STRIP] __attribute__((aligned(64)));
 #pragma omp for schedule(static)
             for (int64_t s = 0; s < strips; s++)
                 pack_strip(n, depth, s * STRIP, y, y_row, y_column, right + s * strip);
             for (int64_t first = 0; first < blocks; first += most) {
                 int64_t here = blocks - first < most ? blocks - first : most;
-                int64_t parts = here * bytes / HELD + 1; /* of so many rows each that they stay near */
+                int64_t parts = here * bytes / HELD + 1, least = (here + NEAR_BLOCKS - 1) / NEAR_BLOCKS;
+                parts = parts > least ? parts : least; /* of so many rows each that they and their sums stay near */
                 parts = parts < here ? parts : here;
 #pragma omp for schedule(static)
                 for (int64_t b = 0; b < here; b++)
@@ -45,14 +46,12 @@ int matmul(int64_t m, int64_t n, int64_t depth, const real *x, int64_t x_row, in
 #pragma omp for schedule(static)
                 for (int64_t task = 0; task < parts * strips; task++) {
                     int64_t p = task / strips, s = task % strips, some = n - s * STRIP < STRIP ? n - s * STRIP : STRIP;
-                    for (int64_t b = p * here / parts; b < (p + 1) * here / parts; b++) {
-                        int64_t row = (first + b) * TALL;
-                        int rows = m - row < TALL ? (int)(m - row) : TALL;
-                        block_by_strip(rows, depth, left + b * size, right + s * strip, sums, STRIP);
-                        for (int r = 0; r < rows; r++)
-                            put(some, sums + r * STRIP, bias ? bias + s * STRIP : NULL, (int)adds,
-                                out + (row + r) * out_row + s * STRIP);
-                    }
+                    int64_t b = p * here / parts, row = (first + b) * TALL, rows = ((p + 1) * here / parts - b) * TALL;
+                    rows = m - row < rows ? m - row : rows;
+                    blocks_by_strip(rows, depth, left + b * size, right + s * strip, sums, STRIP);
+                    for (int64_t r = 0; r < rows; r++)
+                        put(some, sums + r * STRIP, bias ? bias + s * STRIP : NULL, (int)adds,
+                            out + (row + r) * out_row + s * STRIP);
                 }
             }
         }

@@ -134,12 +134,14 @@ static int product_on_vectors(int64_t n, int64_t rows, int64_t depth, const real
     int64_t blocks = (n + TALL - 1) / TALL, count = (rows + PANEL - 1) / PANEL, size = up(depth, PAIR) * TALL;
     int64_t bytes = blocks * size * (int64_t)sizeof(factor), parts = bytes / HELD + 1;
     int64_t width = gated ? rows / 2 : rows, step = gated ? SIDE : PANEL;
+    int64_t least = (blocks + NEAR_BLOCKS - 1) / NEAR_BLOCKS;
+    parts = parts > least ? parts : least; /* of so many rows each that they and their sums stay near */
     parts = parts < blocks ? parts : blocks;
     factor *left = aligned_alloc(64, (size_t)up(bytes + 1, 64));
     if (!left) return 1;
 #pragma omp parallel if (n * rows * depth > 65536)
     {
-        float sums[TALL * PANEL] __attribute__((aligned(64)));
+        float sums[NEAR_BLOCKS * TALL * PANEL] __attribute__((aligned(64)));
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < blocks; b++) pack_block(n, depth, b * TALL, x, depth, 1, left + b * size);
 #pragma omp for schedule(static)
@@ -147,13 +149,12 @@ static int product_on_vectors(int64_t n, int64_t rows, int64_t depth, const real
             int64_t part = task / count, p = task % count, rest = rows - p * PANEL;
             float added[PANEL] __attribute__((aligned(64)));
             load_bias(bias ? bias + p * PANEL : NULL, rest, added);
-            for (int64_t b = part * blocks / parts; b < (part + 1) * blocks / parts; b++) {
-                int some = n - b * TALL < TALL ? (int)(n - b * TALL) : TALL;
-                for (int64_t s = 0; s < PANEL; s += STRIP)
-                    block_by_strip(some, depth, left + b * size, panels + (p * PANEL + s) * depth, sums + s, PANEL);
-                for (int r = 0; r < some; r++)
-                    put_row(sums + r * PANEL, added, (int)gated, rest, out + (b * TALL + r) * width + p * step);
-            }
+            int64_t b = part * blocks / parts, row = b * TALL, some = ((part + 1) * blocks / parts - b) * TALL;
+            some = n - row < some ? n - row : some;
+            for (int64_t s = 0; s < PANEL; s += STRIP)
+                blocks_by_strip(some, depth, left + b * size, panels + (p * PANEL + s) * depth, sums + s, PANEL);
+            for (int64_t r = 0; r < some; r++)
+                put_row(sums + r * PANEL, added, (int)gated, rest, out + (row + r) * width + p * step);
         }
     }
     free(left);

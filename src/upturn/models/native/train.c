@@ -131,24 +131,17 @@ void collect(int64_t n, int64_t heads, int64_t d, int64_t stride, const real *x,
         }
 }
 
-/* All ones in the lanes of what is seen, of which `some` are left. */
-static inline lanes seen_lanes(const uint8_t *seen, int64_t some) {
-    lanes out = {0};
-    for (int64_t i = 0; i < LANES && i < some; i++) out[i] = -(int32_t)(seen[i] != 0);
-    return out;
-}
-
 /* scores [keys] (products) -> row, filled up to whole vectors, = softmax of those that are seen; some are. */
 static inline void softmax(int64_t keys, const real *scores, const uint8_t *seen, float scale, float *row) {
     vec top = every(-3e38f), sum = {0};
     for (int64_t j = 0; j < keys; j += LANES) {
-        vec x = chosen(seen_lanes(seen + j, keys - j), load_some(scores + j, keys - j) * scale, every(-3e38f));
+        vec x = where(not_zero(seen + j, keys - j), load_some(scores + j, keys - j) * scale, every(-3e38f));
         top = greater(x, top);
         memcpy(row + j, &x, sizeof x);
     }
     float most = greatest(top);
     for (int64_t j = 0; j < keys; j += LANES) {
-        vec e = (vec)((lanes)exp_vec(load_floats(row + j) - most) & seen_lanes(seen + j, keys - j));
+        vec e = where(not_zero(seen + j, keys - j), exp_vec(load_floats(row + j) - most), every(0.0f));
         sum += e;
         memcpy(row + j, &e, sizeof e);
     }

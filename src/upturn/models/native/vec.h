@@ -18,6 +18,36 @@ static inline vec chosen(lanes which, vec one, vec other) {
     return (vec)(((lanes)one & which) | ((lanes)other & ~which));
 }
 
+/* Some of the lanes, as the processor names them, and a choice by that. */
+#if defined __AVX512BW__ && defined __AVX512VL__
+typedef __mmask16 some_lanes;
+
+static inline vec where(some_lanes which, vec one, vec other) {
+    return (vec)_mm512_mask_mov_ps((__m512)other, which, (__m512)one);
+}
+
+/* Those whose byte is not 0, of the first `some`. */
+static inline some_lanes not_zero(const uint8_t *bytes, int64_t some) {
+    if (some <= 0) return 0;
+    __m128i found = _mm_maskz_loadu_epi8(some < LANES ? (1u << some) - 1 : 0xffff, bytes);
+    return _mm_test_epi8_mask(found, found);
+}
+#else
+typedef lanes some_lanes;
+
+static inline vec where(some_lanes which, vec one, vec other) { return chosen(which, one, other); }
+
+static inline some_lanes not_zero(const uint8_t *bytes, int64_t some) {
+    lanes out = {0};
+#if defined __AVX2__ && !defined __AVX512F__
+    if (some >= LANES)
+        return (lanes)_mm256_cmpgt_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)bytes)), (__m256i)out);
+#endif
+    for (int64_t i = 0; i < LANES && i < some; i++) out[i] = -(int32_t)(bytes[i] != 0);
+    return out;
+}
+#endif
+
 /* x in every lane. */
 static inline vec every(float x) {
 #ifdef __AVX512F__

@@ -26,7 +26,7 @@ enum { TALL = 12 };
 #else
 enum { TALL = 6 };
 #endif
-enum { STRIP = 2 * LANES, PART = 256 };
+enum { STRIP = 2 * LANES, PART = 256, NEAR_BLOCKS = 24, OFTEN = 5 };
 
 /* Rows `first` to `first` + TALL - 1 of x (number j of row i at i * row + j * column) -> block: part by part of the depth,
  * and in each row by row, a multiple of PAIR long. What lies beyond n is not written. */
@@ -35,14 +35,13 @@ static inline void pack_block(int64_t n, int64_t depth, int64_t first, const rea
     int64_t some = n - first < TALL ? n - first : TALL;
     x += first * row;
     for (int64_t from = 0; from < depth; from += PART, block += TALL * PART) {
-        int64_t here = depth - from < PART ? depth - from : PART, wide = up(here, PAIR);
-        for (int64_t r = 0; here < wide && r < some; r++) block[r * wide + here] = 0;
+        int64_t here = depth - from < PART ? depth - from : PART;
         if (row == 1) {
             for (int64_t j = 0; j < here; j++)
-                for (int64_t r = 0; r < some; r++) block[r * wide + j] = as_factor(x[(from + j) * column + r]);
+                for (int64_t r = 0; r < some; r++) block[j * TALL + r] = as_factor(x[(from + j) * column + r]);
         } else {
             for (int64_t r = 0; r < some; r++)
-                for (int64_t j = 0; j < here; j++) block[r * wide + j] = as_factor(x[r * row + (from + j) * column]);
+                for (int64_t j = 0; j < here; j++) block[j * TALL + r] = as_factor(x[r * row + (from + j) * column]);
         }
     }
 }
@@ -98,7 +97,7 @@ static inline void put_sum(float *to, vec x, int adds) {
 #define PUT_SUMS(R) put_sum(sums + R * stride, low##R, adds), put_sum(sums + R * stride + LANES, high##R, adds);
 #define CASE_OF_ROWS(N, READ, ADD)                                                                                     \
     case N: {                                                                                                          \
-        FOR_##N(BEGIN_SUMS) for (int64_t j = 0; j < depth; j++) {                                                      \
+        FOR_##N(BEGIN_SUMS) _Pragma("GCC unroll 4") for (int64_t j = 0; j < depth; j++) {                              \
             vec left = READ(0), right = READ(1);                                                                       \
             HELD_IN_REGISTER(left);                                                                                    \
             HELD_IN_REGISTER(right);                                                                                   \
@@ -167,16 +166,49 @@ static inline void pairs_by_strip(int rows, int64_t depth, const factor *block, 
 }
 #endif
 
-/* The first `rows` rows of a block times a packed strip, as `rows_by_strip`. */
-static inline void block_by_strip(int rows, int64_t depth, const factor *block, const real *strip, float *sums,
-                                  int64_t stride) {
-    int64_t from = 0;
-    do {
-        int64_t here = depth - from < PART ? depth - from : PART, wide = up(here, PAIR);
-#ifdef PAIRS
-        pairs_by_strip(rows, wide / 2, block + from * TALL, wide, strip + from * STRIP, from > 0, sums, stride);
-#else
-        part_by_strip(rows, here, block + from * TALL, wide, strip + from * STRIP, STRIP, from > 0, sums, stride);
+#ifndef PAIRS
+#define READ_REALS(I) load_vec(strip + j * STRIP + I * LANES)
+#define READ_FLOATS(I) load_floats(floats + j * STRIP + I * LANES)
+#define ADD_BLOCK(R)                                                                                                   \
+    {                                                                                                                  \
+        vec one = every(block[j * TALL + R]);                                                                          \
+        low##R += one * left, high##R += one * right;                                                                  \
+    }
+
+/* One part of a block times a packed strip, or the same strip as floats where these are there. */
+static inline void part_of_block(int rows, int64_t depth, const float *block, const real *strip, const float *floats,
+                                 int adds, float *sums, int64_t stride) {
+    if (floats) {
+        switch (rows) { ALL_CASES(READ_FLOATS, ADD_BLOCK) }
+    } else {
+        switch (rows) { ALL_CASES(READ_REALS, ADD_BLOCK) }
+    }
+}
 #endif
-    } while ((from += PART) < depth);
+
+/* The first `rows` rows of blocks that lie one behind the other times a packed strip, each as in `rows_by_strip`.
+ * NEAR_BLOCKS are as many as keep their sums near. */
+static inline void blocks_by_strip(int64_t rows, int64_t depth, const factor *blocks, const real *strip, float *sums,
+                                   int64_t stride) {
+    int64_t size = up(depth, PAIR) * TALL;
+#ifdef PAIRS
+    for (int64_t r = 0; r < rows; r += TALL, blocks += size, sums += TALL * stride)
+        for (int64_t from = 0; from == 0 || from < depth; from += PART) {
+            int64_t here = depth - from < PART ? depth - from : PART, wide = up(here, PAIR);
+            pairs_by_strip(rows - r < TALL ? (int)(rows - r) : TALL, wide / 2, blocks + from * TALL, wide,
+                           strip + from * STRIP, from > 0, sums, stride);
+        }
+#else
+    for (int64_t from = 0; from == 0 || from < depth; from += PART) {
+        int64_t here = depth - from < PART ? depth - from : PART;
+        const factor *block = blocks + from * TALL;
+        const real *part = strip + from * STRIP;
+        float floats[PART * STRIP] __attribute__((aligned(64)));
+        int often = sizeof(real) < sizeof(float) && rows > OFTEN * TALL;
+        for (int64_t j = 0; often && j < here * STRIP; j += LANES) put_sum(floats + j, load_vec(part + j), 0);
+        for (int64_t r = 0; r < rows; r += TALL, block += size)
+            part_of_block(rows - r < TALL ? (int)(rows - r) : TALL, here, block, part, often ? floats : NULL, from > 0,
+                          sums + r * stride, stride);
+    }
+#endif
 }
