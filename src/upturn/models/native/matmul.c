@@ -43,7 +43,7 @@ int matmul(int64_t m, int64_t n, int64_t depth, const real *x, int64_t x_row, in
 #pragma omp for schedule(static)
                 for (int64_t b = 0; b < here; b++)
                     pack_block(m, depth, (first + b) * TALL, x, x_row, x_column, left + b * size);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 2)
                 for (int64_t task = 0; task < parts * strips; task++) {
                     int64_t p = task / strips, s = task % strips, some = n - s * STRIP < STRIP ? n - s * STRIP : STRIP;
                     int64_t b = p * here / parts, row = (first + b) * TALL, rows = ((p + 1) * here / parts - b) * TALL;

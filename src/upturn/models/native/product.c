@@ -7,6 +7,8 @@
 #include "tiles.h"
 #include "vectors.h"
 
+int omp_get_max_threads(void); /* not every compiler comes with omp.h */
+
 #ifdef __AVX2__
 #ifndef BLOCKS
 enum { SIDE = 16, PANEL = 2 * SIDE };
@@ -120,7 +122,7 @@ static int product_on_tiles(int64_t n, int64_t rows, int64_t depth, const real *
 }
 #endif
 
-enum { HELD = 1 << 18 };
+enum { HELD = 1 << 18, FEW = 48 };
 
 /* weight [rows, depth] -> panels of 32 rows, strip by strip. What lies beyond the rows is 0. */
 static void pack_on_vectors(int64_t rows, int64_t depth, const real *weight, real *panels) {
@@ -137,6 +139,8 @@ static int product_on_vectors(int64_t n, int64_t rows, int64_t depth, const real
     int64_t least = (blocks + NEAR_BLOCKS - 1) / NEAR_BLOCKS;
     parts = parts > least ? parts : least; /* of so many rows each that they and their sums stay near */
     parts = parts < blocks ? parts : blocks;
+    /* Tasks that a thread takes: its whole share of short ones, less of long ones, since cores may differ in speed. */
+    int64_t share = parts * count / omp_get_max_threads(), at_once = (n < FEW ? share : share / 16) + 1;
     factor *left = aligned_alloc(64, (size_t)up(bytes + 1, 64));
     if (!left) return 1;
 #pragma omp parallel if (n * rows * depth > 65536)
@@ -144,7 +148,7 @@ static int product_on_vectors(int64_t n, int64_t rows, int64_t depth, const real
         float sums[NEAR_BLOCKS * TALL * PANEL] __attribute__((aligned(64)));
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < blocks; b++) pack_block(n, depth, b * TALL, x, depth, 1, left + b * size);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, at_once)
         for (int64_t task = 0; task < parts * count; task++) {
             int64_t part = task / count, p = task % count, rest = rows - p * PANEL;
             float added[PANEL] __attribute__((aligned(64)));
