@@ -82,6 +82,10 @@ def check_every_number_of_rows(dtype: torch.dtype) -> None:
     found = ops.product(x, panels, 40)
     assert_near(found, x.double() @ weight.double().T)
     assert all(torch.equal(ops.product(x[:rows], panels, 40), found[:rows]) for rows in range(14))
+    many = torch.randn(300, 320).to(dtype)
+    found = ops.product(many, panels, 40)
+    assert_near(found, many.double() @ weight.double().T)
+    assert all(torch.equal(ops.product(many[row : row + 1], panels, 40), found[row : row + 1]) for row in range(300))
 
 
 def check_matmul(rows: int, columns: int, depth: int) -> None:

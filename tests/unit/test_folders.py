@@ -193,6 +193,18 @@ def test_a_gguf_file_is_converted_once(cache: Path, gguf_file: Path, tiny_model:
     assert folders.resolve(str(gguf_file)) == str(folder)
 
 
+def test_a_gguf_file_that_lacks_weights_is_refused(cache: Path, gguf_file: Path):
+    import gguf
+
+    whole = gguf.GGUFReader(gguf_file)
+    lacking = gguf_file.read_bytes().replace(b"blk.0.ffn_gate.weight", b"blk.9.ffn_gate.weight")
+    assert "blk.0.ffn_gate.weight" in {tensor.name for tensor in whole.tensors}
+    gguf_file.write_bytes(lacking)
+    with pytest.raises(ModelError, match=r"lacks 1 of the weights .* model\.layers\.0\.mlp\.gate_proj\.weight"):
+        folders.resolve(str(gguf_file))
+    assert list(cache.iterdir()) == []
+
+
 def _unknown(path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "unheard-of")

@@ -1,7 +1,7 @@
 """Attention over the units of a token tree on a CPU, with its gradient.
 
-Where the processor multiplies bfloat16 one kernel does it all (`native/tree.c`), elsewhere kernels between plain
-matrix products. Nothing is kept for the backward pass but queries, keys and values: scores are computed again there.
+With AVX2 one kernel does it all (`native/tree.c`), elsewhere kernels between plain matrix products. Nothing is kept for
+the backward pass but queries, keys and values: scores are computed again there.
 
 Axes: `T` tokens, `H` query heads, `Hkv` key heads, `D` their width, `B` units of a group, `Q` and `K` their queries and
 keys.

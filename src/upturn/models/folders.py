@@ -47,6 +47,7 @@ SHORT_NAMES = {
 
 FETCHED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py")
 """What of a hub's model is fetched from its top folder; templates (*.jinja) may also lie deeper."""
+MEND = "Convert it to a Hugging Face folder, or use another file."
 DAY = 24 * 3600.0
 
 
@@ -172,7 +173,12 @@ def _read(path: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _reading(path):
-        read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        read, found = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+        )
+        if lost := sorted(found["missing_keys"]):
+            what = f"It lacks {len(lost)} of the weights of such a model, {lost[0]} among them."
+            raise ModelError(f"model {path}", what, MEND)
         config = type(read.config).from_dict(read.config.to_dict() | {"quantization_config": None})
         model = AutoModelForCausalLM.from_config(config)  # a model read from GGUF refuses to be saved
         model.load_state_dict(read.state_dict())
@@ -184,9 +190,10 @@ def _reading(path: Path) -> Iterator[None]:
     """Make a message of whatever a foreign file can cause."""
     try:
         yield
+    except ModelError:
+        raise
     except Exception as error:
-        mend = "Convert it to a Hugging Face folder, or use another file."
-        raise ModelError(f"model {path}", first_line(error), mend) from error
+        raise ModelError(f"model {path}", first_line(error), MEND) from error
 
 
 def _models() -> Path:

@@ -108,7 +108,7 @@ def softmax_(scores: Tensor, seen: Tensor, scale: float, g: Tensor | None = None
 
 @cache
 def has_tree_attend(dtype: torch.dtype) -> bool:
-    """Whether `tree_attend` takes numbers of this type here: on tiles, or on AVX-512 with bfloat16."""
+    """Whether `tree_attend` takes numbers of this type here: on tiles where they are compiled for, or with AVX2."""
     return bool(_library(dtype).has_tree_attend())
 
 

@@ -1,6 +1,6 @@
 /* Products of some rows and packed columns, for attention over trees: on matrix tiles, on vectors of pairs, or else on
- * plain vectors. Left factors are rows of `factor`s, BLOCK_ROWS of them at a time; right ones are
- * packed, BLOCK_COLUMNS columns at a time. TREES says whether any of this can be compiled for.
+ * plain vectors. Left factors are rows of `factor`s, BLOCK_ROWS of them at a time; right ones are packed, BLOCK_COLUMNS
+ * columns at a time. TREES says whether any of this can be compiled for.
  */
 #pragma once
 #include "tiles.h"
@@ -145,7 +145,7 @@ static inline void columns_times(int64_t some, int64_t depth, const factor *x, i
                                  const real *right, int64_t columns, float *out) {
     for (int64_t c = 0; c < columns; c += STRIP)
         for (int64_t r = 0; r < some; r += TALL)
-            for (int64_t from = 0; from < depth; from += PART) {
+            for (int64_t from = 0; from == 0 || from < depth; from += PART) {
                 int64_t here = depth - from < PART ? depth - from : PART;
                 turned_by_strip(some - r < TALL ? (int)(some - r) : TALL, here, x + from * stride + r, stride,
                                 right + c * depth + from * STRIP, from > 0, out + r * columns + c, columns);

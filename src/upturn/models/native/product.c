@@ -140,7 +140,7 @@ static int product_on_vectors(int64_t n, int64_t rows, int64_t depth, const real
     parts = parts > least ? parts : least; /* of so many rows each that they and their sums stay near */
     parts = parts < blocks ? parts : blocks;
     /* Tasks that a thread takes: its whole share of short ones, less of long ones, since cores may differ in speed. */
-    int64_t share = parts * count / omp_get_max_threads(), at_once = (n < FEW ? share : share / 16) + 1;
+    int64_t share = (parts * count - 1) / omp_get_max_threads() + 1, at_once = n < FEW ? share : share / 16 + 1;
     factor *left = aligned_alloc(64, (size_t)up(bytes + 1, 64));
     if (!left) return 1;
 #pragma omp parallel if (n * rows * depth > 65536)

@@ -2,11 +2,13 @@
  *
  * A unit is a few tokens that see the same earlier ones, and each other as far as `seen` says. The query heads of one
  * key head lie one under the other, as rows of one product. Nothing but queries, keys and values is kept for the
- * backward pass. Processors without vectors of eight floats get no such kernel: there plain products do it.
+ * backward pass. Without AVX2, or where tiles are compiled for but not lent, plain products do it instead.
  */
 #include "blocks.h"
 
 #ifdef TREES
+enum { TALLEST = BLOCK_ROWS > BLOCK_COLUMNS ? BLOCK_ROWS : BLOCK_COLUMNS };
+
 /* Tokens of the flat step: those that ask, and those that may be seen. */
 typedef struct {
     int64_t queries, keys; /* how many */
@@ -27,9 +29,9 @@ typedef struct {
     int64_t rows, span, groups;   /* rows: queries times groups */
     real *q, *k, *v, *g;          /* [rows, d], [span, d], [span, d], [rows, d] */
     real *right[5];               /* packed: k and v by their rows; the other ways around v or k, q, g */
-    factor *weights, *changes;    /* [rows, span] */
+    factor *weights, *changes;    /* [rows, span], forward [BLOCK_ROWS, span] */
     factor *left;                 /* some rows of q or g, or columns of these, as they are wanted */
-    float *scores, *more, *sums;  /* [BLOCK_ROWS, span] twice, [BLOCK_ROWS, d] */
+    float *scores, *more, *sums;  /* [BLOCK_ROWS, span] twice, [TALLEST, d] */
 } scratch;
 
 /* Rows [n, d] of some tokens' heads: row r is token of[r % tokens], head r / tokens; the rest up to `most` is 0. */
@@ -137,7 +139,6 @@ static void backward(const unit *u, int64_t h, const layout *l, const scratch *s
 
 /* Cuts one piece of memory into what the largest unit needs; NULL asks how much that is. */
 static int64_t cut(scratch *s, int64_t rows, int64_t span, int64_t d, int back, char *memory) {
-    enum { TALLEST = BLOCK_ROWS > BLOCK_COLUMNS ? BLOCK_ROWS : BLOCK_COLUMNS };
     int64_t at = 0, held = back ? rows : BLOCK_ROWS, size = sizeof(real), wide = sizeof(factor);
     int64_t left = back ? rows * BLOCK_COLUMNS : 0;
     struct {
@@ -153,8 +154,8 @@ static int64_t cut(scratch *s, int64_t rows, int64_t span, int64_t d, int back, 
         {&s->changes, back * held * span * wide}, {&s->more, back * BLOCK_ROWS * span * 4},
     };
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        void *where = memory + at;
-        if (memory) memcpy(parts[i].part, &where, sizeof where);
+        void *place = memory + at;
+        if (memory) memcpy(parts[i].part, &place, sizeof place);
         at += (parts[i].bytes + 63) / 64 * 64;
     }
     return at;

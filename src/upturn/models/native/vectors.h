@@ -1,9 +1,9 @@
 /* Products of packed factors on plain vectors, near the peak of processors with AVX2 or AVX-512.
  *
- * A left factor is read number by number of the depth, a right one lies in strips of columns. Six rows times two vectors
- * of columns keep all multipliers busy, with 12 sums and 3 registers for what comes in; twelve rows, where there are so
- * many registers, read a strip half as often. Numbers become floats on the way, but where there are instructions for
- * bfloat16 (PAIRS) two of the depth are multiplied at once, and lie side by side.
+ * A left factor lies in blocks of rows, a right one in strips of columns. Six rows times two vectors of columns keep all
+ * multipliers busy, with 12 sums and 3 registers for what comes in; twelve rows, where there are so many registers, read a
+ * strip half as often. Numbers become floats on the way, but where there are instructions for bfloat16 (PAIRS) two of the
+ * depth are multiplied at once, and lie side by side.
  */
 #pragma once
 #include "vec.h"
@@ -26,22 +26,26 @@ enum { TALL = 12 };
 #else
 enum { TALL = 6 };
 #endif
+/* NEAR_BLOCKS blocks keep their sums near; a strip that more than OFTEN of them read becomes floats first. */
 enum { STRIP = 2 * LANES, PART = 256, NEAR_BLOCKS = 24, OFTEN = 5 };
 
 /* Rows `first` to `first` + TALL - 1 of x (number j of row i at i * row + j * column) -> block: part by part of the depth,
- * and in each row by row, a multiple of PAIR long. What lies beyond n is not written. */
+ * in each number by number, or with PAIRS row by row, a multiple of PAIR long. What lies beyond n is not written. */
 static inline void pack_block(int64_t n, int64_t depth, int64_t first, const real *x, int64_t row, int64_t column,
                               factor *block) {
     int64_t some = n - first < TALL ? n - first : TALL;
     x += first * row;
     for (int64_t from = 0; from < depth; from += PART, block += TALL * PART) {
-        int64_t here = depth - from < PART ? depth - from : PART;
+        int64_t here = depth - from < PART ? depth - from : PART, wide = up(here, PAIR);
+        const int64_t down = PAIR == 1 ? 1 : wide, along = PAIR == 1 ? TALL : 1; /* from row to row, from number to number */
+        for (int64_t r = 0; here < wide && r < some; r++) block[r * down + here] = 0;
         if (row == 1) {
             for (int64_t j = 0; j < here; j++)
-                for (int64_t r = 0; r < some; r++) block[j * TALL + r] = as_factor(x[(from + j) * column + r]);
+                for (int64_t r = 0; r < some; r++) block[r * down + j * along] = as_factor(x[(from + j) * column + r]);
         } else {
             for (int64_t r = 0; r < some; r++)
-                for (int64_t j = 0; j < here; j++) block[j * TALL + r] = as_factor(x[r * row + (from + j) * column]);
+                for (int64_t j = 0; j < here; j++)
+                    block[r * down + j * along] = as_factor(x[r * row + (from + j) * column]);
         }
     }
 }
@@ -80,6 +84,12 @@ static inline void put_sum(float *to, vec x, int adds) {
     memcpy(to, &x, sizeof x);
 }
 
+#ifdef PAIRS
+#define UNROLLED /* not measured */
+#else
+#define UNROLLED _Pragma("GCC unroll 4")
+#endif
+
 /* Named sums and no arrays of them: these a compiler would keep in memory. */
 #define FOR_1(DO) DO(0)
 #define FOR_2(DO) FOR_1(DO) DO(1)
@@ -97,7 +107,7 @@ static inline void put_sum(float *to, vec x, int adds) {
 #define PUT_SUMS(R) put_sum(sums + R * stride, low##R, adds), put_sum(sums + R * stride + LANES, high##R, adds);
 #define CASE_OF_ROWS(N, READ, ADD)                                                                                     \
     case N: {                                                                                                          \
-        FOR_##N(BEGIN_SUMS) _Pragma("GCC unroll 4") for (int64_t j = 0; j < depth; j++) {                              \
+        FOR_##N(BEGIN_SUMS) UNROLLED for (int64_t j = 0; j < depth; j++) {                                             \
             vec left = READ(0), right = READ(1);                                                                       \
             HELD_IN_REGISTER(left);                                                                                    \
             HELD_IN_REGISTER(right);                                                                                   \
@@ -186,8 +196,7 @@ static inline void part_of_block(int rows, int64_t depth, const float *block, co
 }
 #endif
 
-/* The first `rows` rows of blocks that lie one behind the other times a packed strip, each as in `rows_by_strip`.
- * NEAR_BLOCKS are as many as keep their sums near. */
+/* The first `rows` rows of blocks that lie one behind the other times a packed strip, each as in `rows_by_strip`. */
 static inline void blocks_by_strip(int64_t rows, int64_t depth, const factor *blocks, const real *strip, float *sums,
                                    int64_t stride) {
     int64_t size = up(depth, PAIR) * TALL;
