@@ -70,7 +70,8 @@ static inline void pack_strip(int64_t n, int64_t depth, int64_t first, const rea
 }
 
 /* A vector that was read, so that it is not read again in every product. */
-#if defined __AVX512F__
+#ifdef HELD_IN_REGISTER /* by who stands in for the instructions */
+#elif defined __AVX512F__
 #define HELD_IN_REGISTER(x) __asm__("" : "+v"(x))
 #elif defined __x86_64__
 #define HELD_IN_REGISTER(x) __asm__("" : "+x"(x))
