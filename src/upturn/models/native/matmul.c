@@ -4,7 +4,7 @@
 #include "vectors.h"
 
 #if defined BF16 && defined __AVX2__
-enum { HELD = 1 << 18, PACKED = 1 << 22 };
+enum { HELD = 1 << 19, PACKED = 1 << 22, NEAR = 1 << 21 };
 
 int has_matmul(void) { return 1; }
 
@@ -26,6 +26,7 @@ int matmul(int64_t m, int64_t n, int64_t depth, const real *x, int64_t x_row, in
     int64_t size = up(depth, PAIR) * TALL, strip = up(depth, PAIR) * STRIP, bytes = size * (int64_t)sizeof(factor);
     int64_t most = PACKED / (bytes + 1) + 1; /* blocks that are packed at a time */
     most = most < blocks ? most : blocks;
+    int far = strips * strip * (int64_t)sizeof(real) > NEAR; /* of near ones it would be lost labour */
     factor *left = aligned_alloc(64, (size_t)up(most * bytes + 1, 64));
     real *right = aligned_alloc(64, (size_t)up(strips * strip * (int64_t)sizeof(real) + 1, 64));
     if (left && right) {
@@ -48,7 +49,7 @@ int matmul(int64_t m, int64_t n, int64_t depth, const real *x, int64_t x_row, in
                     int64_t p = task / strips, s = task % strips, some = n - s * STRIP < STRIP ? n - s * STRIP : STRIP;
                     int64_t b = p * here / parts, row = (first + b) * TALL, rows = ((p + 1) * here / parts - b) * TALL;
                     rows = m - row < rows ? m - row : rows;
-                    blocks_by_strip(rows, depth, left + b * size, right + s * strip, sums, STRIP);
+                    blocks_by_strip(rows, depth, left + b * size, right + s * strip, far, sums, STRIP);
                     for (int64_t r = 0; r < rows; r++)
                         put(some, sums + r * STRIP, bias ? bias + s * STRIP : NULL, (int)adds,
                             out + (row + r) * out_row + s * STRIP);

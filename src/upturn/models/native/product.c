@@ -156,7 +156,7 @@ static int product_on_vectors(int64_t n, int64_t rows, int64_t depth, const real
             int64_t b = part * blocks / parts, row = b * TALL, some = ((part + 1) * blocks / parts - b) * TALL;
             some = n - row < some ? n - row : some;
             for (int64_t s = 0; s < PANEL; s += STRIP)
-                blocks_by_strip(some, depth, left + b * size, panels + (p * PANEL + s) * depth, sums + s, PANEL);
+                blocks_by_strip(some, depth, left + b * size, panels + (p * PANEL + s) * depth, 1, sums + s, PANEL);
             for (int64_t r = 0; r < some; r++)
                 put_row(sums + r * PANEL, added, (int)gated, rest, out + (row + r) * width + p * step);
         }

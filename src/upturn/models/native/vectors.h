@@ -27,7 +27,7 @@ enum { TALL = 12 };
 enum { TALL = 6 };
 #endif
 /* NEAR_BLOCKS blocks keep their sums near; a strip that more than OFTEN of them read becomes floats first. */
-enum { STRIP = 2 * LANES, PART = 256, NEAR_BLOCKS = 24, OFTEN = 5 };
+enum { STRIP = 2 * LANES, PART = 256, NEAR_BLOCKS = 24, OFTEN = 3 };
 
 /* Rows `first` to `first` + TALL - 1 of x (number j of row i at i * row + j * column) -> block: part by part of the depth,
  * in each number by number, or with PAIRS row by row, a multiple of PAIR long. What lies beyond n is not written. */
@@ -197,9 +197,10 @@ static inline void part_of_block(int rows, int64_t depth, const float *block, co
 }
 #endif
 
-/* The first `rows` rows of blocks that lie one behind the other times a packed strip, each as in `rows_by_strip`. */
-static inline void blocks_by_strip(int64_t rows, int64_t depth, const factor *blocks, const real *strip, float *sums,
-                                   int64_t stride) {
+/* The first `rows` rows of blocks that lie one behind the other times a packed strip, each as in `rows_by_strip`. Where
+ * strips come from far away, what lies behind a part is asked for meanwhile: it is wanted next. */
+static inline void blocks_by_strip(int64_t rows, int64_t depth, const factor *blocks, const real *strip, int far,
+                                   float *sums, int64_t stride) {
     int64_t size = up(depth, PAIR) * TALL;
 #ifdef PAIRS
     for (int64_t r = 0; r < rows; r += TALL, blocks += size, sums += TALL * stride)
@@ -216,9 +217,13 @@ static inline void blocks_by_strip(int64_t rows, int64_t depth, const factor *bl
         float floats[PART * STRIP] __attribute__((aligned(64)));
         int often = sizeof(real) < sizeof(float) && rows > OFTEN * TALL;
         for (int64_t j = 0; often && j < here * STRIP; j += LANES) put_sum(floats + j, load_vec(part + j), 0);
-        for (int64_t r = 0; r < rows; r += TALL, block += size)
+        const char *next = (const char *)(part + PART * STRIP);
+        int64_t lines = often && far ? PART * STRIP * (int64_t)sizeof(real) / 64 / (rows / TALL) + 1 : 0;
+        for (int64_t r = 0; r < rows; r += TALL, block += size) {
+            for (int64_t l = 0; l < lines; l++, next += 64) __builtin_prefetch(next, 0, 2);
             part_of_block(rows - r < TALL ? (int)(rows - r) : TALL, here, block, part, often ? floats : NULL, from > 0,
                           sums + r * stride, stride);
+        }
     }
 #endif
 }
