@@ -15,7 +15,6 @@ from typing import Annotated, Any, ParamSpec
 import typer
 
 from upturn.errors import UpturnError
-from upturn.types import to_json
 
 P = ParamSpec("P")
 app = typer.Typer(
@@ -115,6 +114,7 @@ def refine(
 ) -> None:
     """Answer a question, refine the answer, and show what each turn changed."""
     from upturn.cli import verbs
+    from upturn.types import to_json
 
     _quiet(True, as_json)
     how = verbs.Asked(strategy, turns, request, critique_request, temperature, max_new_tokens, seed)
