@@ -173,9 +173,10 @@ def _read(path: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _reading(path):
-        read, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
         )
+        read, found = loaded
         if lost := sorted(found["missing_keys"]):
             what = f"It lacks {len(lost)} of the weights of such a model, {lost[0]} among them."
             raise ModelError(f"model {path}", what, MEND)
