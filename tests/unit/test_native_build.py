@@ -143,8 +143,8 @@ def test_attention_over_trees_on_vectors(
         monkeypatch.setattr(_tree_attention, "_has_kernel", lambda heads, by_kernel=by_kernel: by_kernel)
         found.append(_tree_attention.attend(x, units, 0.1))
         found.append(_tree_attention.attend_back(x, g, units, plan.copies(2), 0.1).all)
+    near = 0.03 if dtype == torch.bfloat16 else 1e-5
     for one, other_one in zip(found[:2], found[2:], strict=True):
-        near = 0.03 if dtype == torch.bfloat16 else 1e-5
         assert (one - other_one).abs().max() <= near * other_one.abs().max()
 
 

@@ -138,42 +138,21 @@ INLINE __m512i _mm512_shuffle_i32x4(__m512i a, __m512i b, int c) {
     }
     return u.i;
 }
-INLINE __m512i _mm512_unpacklo_epi32(__m512i a, __m512i b) {
+/* Two numbers of each four, or one of each two, of both by turns: from the `first` on. */
+INLINE __m512i unpacked32(__m512i a, __m512i b, int first) {
     parts512 x = {.i = a}, y = {.i = b}, u;
-    for (int k = 0; k < 4; k++) {
-        u.us[4 * k] = x.us[4 * k];
-        u.us[4 * k + 1] = y.us[4 * k];
-        u.us[4 * k + 2] = x.us[4 * k + 1];
-        u.us[4 * k + 3] = y.us[4 * k + 1];
-    }
+    for (int i = 0; i < 16; i++) u.us[i] = (i % 2 ? y : x).us[i / 4 * 4 + first + i % 4 / 2];
     return u.i;
 }
-INLINE __m512i _mm512_unpackhi_epi32(__m512i a, __m512i b) {
+INLINE __m512i unpacked64(__m512i a, __m512i b, int first) {
     parts512 x = {.i = a}, y = {.i = b}, u;
-    for (int k = 0; k < 4; k++) {
-        u.us[4 * k] = x.us[4 * k + 2];
-        u.us[4 * k + 1] = y.us[4 * k + 2];
-        u.us[4 * k + 2] = x.us[4 * k + 3];
-        u.us[4 * k + 3] = y.us[4 * k + 3];
-    }
+    for (int i = 0; i < 8; i++) u.ls[i] = (i % 2 ? y : x).ls[i / 2 * 2 + first];
     return u.i;
 }
-INLINE __m512i _mm512_unpacklo_epi64(__m512i a, __m512i b) {
-    parts512 x = {.i = a}, y = {.i = b}, u;
-    for (int k = 0; k < 4; k++) {
-        u.ls[2 * k] = x.ls[2 * k];
-        u.ls[2 * k + 1] = y.ls[2 * k];
-    }
-    return u.i;
-}
-INLINE __m512i _mm512_unpackhi_epi64(__m512i a, __m512i b) {
-    parts512 x = {.i = a}, y = {.i = b}, u;
-    for (int k = 0; k < 4; k++) {
-        u.ls[2 * k] = x.ls[2 * k + 1];
-        u.ls[2 * k + 1] = y.ls[2 * k + 1];
-    }
-    return u.i;
-}
+INLINE __m512i _mm512_unpacklo_epi32(__m512i a, __m512i b) { return unpacked32(a, b, 0); }
+INLINE __m512i _mm512_unpackhi_epi32(__m512i a, __m512i b) { return unpacked32(a, b, 2); }
+INLINE __m512i _mm512_unpacklo_epi64(__m512i a, __m512i b) { return unpacked64(a, b, 0); }
+INLINE __m512i _mm512_unpackhi_epi64(__m512i a, __m512i b) { return unpacked64(a, b, 1); }
 INLINE __m128i _mm_maskz_loadu_epi8(__mmask16 m, const void *p) {
     parts128 w;
     memset(&w, 0, 16);

@@ -6,7 +6,7 @@
 #include "tiles.h"
 #include "vectors.h"
 
-#ifdef BLOCKS
+#ifdef PAIR_TILES
 #define TREES
 enum { BLOCK_ROWS = PANEL, BLOCK_COLUMNS = PANEL };
 
@@ -102,7 +102,7 @@ static inline void end_blocks(void) {}
 
 static inline const factor *as_factors(int64_t rows, int64_t d, const real *x, factor *room) {
 #ifdef BF16
-    for (int64_t j = 0; j < rows * d; j += LANES) put_sum(room + j, load_vec(x + j), 0);
+    widen(rows * d, x, room);
     return room;
 #else
     return x;
@@ -128,19 +128,6 @@ static inline void rows_times(int64_t some, int64_t depth, const factor *x, int6
         }
 }
 
-#define ADD_TURNED(R)                                                                                                  \
-    {                                                                                                                  \
-        vec one = every(x[j * row + R]);                                                                               \
-        low##R += one * left, high##R += one * right;                                                                  \
-    }
-
-/* As `part_by_strip`, with columns of x for its rows. */
-static inline void turned_by_strip(int rows, int64_t depth, const float *x, int64_t row, const real *strip, int adds,
-                                   float *sums, int64_t stride) {
-    enum { step = STRIP };
-    switch (rows) { ALL_CASES(READ_VEC, ADD_TURNED) }
-}
-
 static inline void columns_times(int64_t some, int64_t depth, const factor *x, int64_t stride, factor *left,
                                  const real *right, int64_t columns, float *out) {
     for (int64_t c = 0; c < columns; c += STRIP)
@@ -148,7 +135,7 @@ static inline void columns_times(int64_t some, int64_t depth, const factor *x, i
             for (int64_t from = 0; from == 0 || from < depth; from += PART) {
                 int64_t here = depth - from < PART ? depth - from : PART;
                 turned_by_strip(some - r < TALL ? (int)(some - r) : TALL, here, x + from * stride + r, stride,
-                                right + c * depth + from * STRIP, from > 0, out + r * columns + c, columns);
+                                right + c * depth + from * STRIP, NULL, from > 0, out + r * columns + c, columns);
             }
 }
 #endif

@@ -1,5 +1,5 @@
 /* Factors of products that sum two numbers of bfloat16 at a time, packed: what matrix tiles take, and what vectors of pairs
- * read in one line after the other. BLOCKS says whether the processor has such instructions.
+ * read in one line after the other. PAIR_TILES says whether the processor has such instructions.
  *
  * A tile is left [16, 32] or right [32, 16]. The right one lies with pairs of rows interleaved: 16 rows of 16 pairs.
  */
@@ -7,7 +7,7 @@
 #include "real.h"
 
 #if defined BF16 && defined __AVX512BF16__ && defined __AVX512BW__ && defined __AVX512VL__
-#define BLOCKS
+#define PAIR_TILES
 
 enum { SIDE = 16, PANEL = 2 * SIDE, DEPTH = 32, TILE = SIDE * DEPTH };
 

@@ -7,10 +7,8 @@
 #include "tiles.h"
 #include "vectors.h"
 
-int omp_get_max_threads(void); /* not every compiler comes with omp.h */
-
 #ifdef __AVX2__
-#ifndef BLOCKS
+#ifndef PAIR_TILES
 enum { SIDE = 16, PANEL = 2 * SIDE };
 #endif
 

@@ -35,5 +35,7 @@ static inline float load(real x) { return x; }
 static inline real store(float x) { return x; }
 #endif
 
+int omp_get_max_threads(void); /* not every compiler comes with omp.h */
+
 /* To a multiple of `step`. */
 static inline int64_t up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }

@@ -8,8 +8,6 @@
 #ifdef TILES
 enum { HELD = 1 << 19 };
 
-int omp_get_max_threads(void); /* not every compiler comes with omp.h */
-
 /* 32 x 32 numbers of the result from two panels of tiles each way. */
 static inline void block(int64_t depth, const real *left, const real *right, float *sums, int64_t stride, real *out) {
     sum_up(depth, left, left + depth * TILE, TILE, DEPTH, right, right + depth * TILE);

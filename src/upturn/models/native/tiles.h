@@ -5,7 +5,7 @@
 #pragma once
 #include "pairs.h"
 
-#if defined BLOCKS && defined __AMX_BF16__ && defined __linux__
+#if defined PAIR_TILES && defined __AMX_BF16__ && defined __linux__
 #define TILES
 #include <sys/syscall.h>
 #include <unistd.h>

@@ -91,6 +91,11 @@ static inline void put_sum(float *to, vec x, int adds) {
 #define UNROLLED _Pragma("GCC unroll 4")
 #endif
 
+/* n numbers, a multiple of LANES, as floats. */
+static inline void widen(int64_t n, const real *x, float *to) {
+    for (int64_t j = 0; j < n; j += LANES) put_sum(to + j, load_vec(x + j), 0);
+}
+
 /* Named sums and no arrays of them: these a compiler would keep in memory. */
 #define FOR_1(DO) DO(0)
 #define FOR_2(DO) FOR_1(DO) DO(1)
@@ -177,25 +182,24 @@ static inline void pairs_by_strip(int rows, int64_t depth, const factor *block, 
 }
 #endif
 
-#ifndef PAIRS
-#define READ_REALS(I) load_vec(strip + j * STRIP + I * LANES)
 #define READ_FLOATS(I) load_floats(floats + j * STRIP + I * LANES)
-#define ADD_BLOCK(R)                                                                                                   \
+#define ADD_TURNED(R)                                                                                                  \
     {                                                                                                                  \
-        vec one = every(block[j * TALL + R]);                                                                          \
+        vec one = every(x[j * row + R]);                                                                               \
         low##R += one * left, high##R += one * right;                                                                  \
     }
 
-/* One part of a block times a packed strip, or the same strip as floats where these are there. */
-static inline void part_of_block(int rows, int64_t depth, const float *block, const real *strip, const float *floats,
-                                 int adds, float *sums, int64_t stride) {
+/* As `part_by_strip`, with columns of x [depth, row] for its rows, and a packed strip: that of `floats` where it is there. */
+static inline __attribute__((always_inline)) void turned_by_strip(int rows, int64_t depth, const float *x, int64_t row,
+                                                                  const real *strip, const float *floats, int adds,
+                                                                  float *sums, int64_t stride) {
+    enum { step = STRIP };
     if (floats) {
-        switch (rows) { ALL_CASES(READ_FLOATS, ADD_BLOCK) }
+        switch (rows) { ALL_CASES(READ_FLOATS, ADD_TURNED) }
     } else {
-        switch (rows) { ALL_CASES(READ_REALS, ADD_BLOCK) }
+        switch (rows) { ALL_CASES(READ_VEC, ADD_TURNED) }
     }
 }
-#endif
 
 /* The first `rows` rows of blocks that lie one behind the other times a packed strip, each as in `rows_by_strip`. Where
  * strips come from far away, what lies behind a part is asked for meanwhile: it is wanted next. */
@@ -216,13 +220,13 @@ static inline void blocks_by_strip(int64_t rows, int64_t depth, const factor *bl
         const real *part = strip + from * STRIP;
         float floats[PART * STRIP] __attribute__((aligned(64)));
         int often = sizeof(real) < sizeof(float) && rows > OFTEN * TALL;
-        for (int64_t j = 0; often && j < here * STRIP; j += LANES) put_sum(floats + j, load_vec(part + j), 0);
+        if (often) widen(here * STRIP, part, floats);
         const char *next = (const char *)(part + PART * STRIP);
         int64_t lines = often && far ? PART * STRIP * (int64_t)sizeof(real) / 64 / (rows / TALL) + 1 : 0;
         for (int64_t r = 0; r < rows; r += TALL, block += size) {
             for (int64_t l = 0; l < lines; l++, next += 64) __builtin_prefetch(next, 0, 2);
-            part_of_block(rows - r < TALL ? (int)(rows - r) : TALL, here, block, part, often ? floats : NULL, from > 0,
-                          sums + r * stride, stride);
+            turned_by_strip(rows - r < TALL ? (int)(rows - r) : TALL, here, block, TALL, part, often ? floats : NULL,
+                            from > 0, sums + r * stride, stride);
         }
     }
 #endif
