@@ -26,6 +26,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("policy_gradient", {"kl": (0.2, 0.0), "loss_agg": "sequence_mean"}),
     ("policy_gradient", {"clip": None, "kl": 0.3, "loss_agg": "sequence_sum", "use_bias_correction_kl": False}),
     ("kto", {"desirable_weight": 1.5, "beta": 2.0}),
+    ("evolve", {"nll_weight": 0.5, "nll": nll.Config(critique=0.5)}),
 ]
 View = tuple[torch.Tensor, Batch]
 
@@ -275,6 +276,26 @@ def test_nll_is_a_token_mean_over_the_weighted_contexts():
     )
     loss = nll.loss(torch.tensor([-1.0, -2.0, -4.0]), batch, nll.Config(improve=0.5))
     assert loss.total.item() / loss.weight == pytest.approx(5 / 2.5)
+
+
+def test_every_pair_weighs_the_same_in_the_nll_of_evolve():
+    # chosen answers of 2 tokens (-1, -2) and of 1 (-4): means of 1.5 and 4, where a mean over all tokens is 7 / 3
+    batch = Batch(
+        owner_N=torch.tensor([0, 0, 1, 2]),
+        num_tokens_S=torch.tensor([2, 1, 1]),
+        rows={("direct", "chosen"): torch.tensor([0, 1]), ("direct", "rejected"): torch.tensor([2, 2])},
+        p_P=torch.ones(2),
+        reference_S=torch.tensor([-3.0, -4.0, -5.0]),
+    )
+    cfg = evolve.Config(alpha=0, nll_weight=0.5, nll=nll.Config(improve=0))
+    loss = evolve.loss(torch.tensor([-1.0, -2.0, -4.0, -5.0]), batch, cfg)
+    assert loss.total.item() == pytest.approx(2 * math.log(2) + 0.5 * (1.5 + 4))
+    assert loss.metrics["nll/loss"].item() == pytest.approx(5.5)
+
+
+def test_an_nll_that_learns_nothing_is_refused():
+    with pytest.raises(ValidationError, match="every weight is 0"):
+        nll.Config(direct=0, improve=0)
 
 
 def test_critiques_are_learnt_or_not_but_never_left_out_in_silence():

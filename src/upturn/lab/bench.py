@@ -23,7 +23,7 @@ from upturn.strategies._base import num_drafts
 from upturn.tracking import events, progress
 from upturn.types import GENERIC_CRITIQUE, Prompt, Requests, answers, to_json
 
-VERSIONS = {"generate": 11, "score": 4, "select": 5, "train": 8, "drift": 6}
+VERSIONS = {"generate": 11, "score": 4, "select": 5, "train": 9, "drift": 6}
 """Raised when a step would give another result from the same inputs."""
 _PLACES = ("data", "test_data")
 """Where a task's data lie; where a task tells what they hold, scores follow from that alone."""

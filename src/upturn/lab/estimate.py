@@ -48,20 +48,22 @@ def training_tokens(pairs: int, rows: int, max_new_tokens: int, epochs: float) -
 
 
 def measure(folder: Path, dtype: str, device: str = "auto") -> Speed:
-    """Parameters as the files of the weights tell them, and the device's best rate at one matrix product."""
+    """Parameters as the files of the weights tell them, and the device's best rate at one product of a generation."""
     import torch
 
-    from upturn.models import load
+    from upturn.models import load, packed
 
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
     device = "cuda" if torch.cuda.is_available() and load.place_of(device).startswith("cuda") else "cpu"
     rows, width = PRODUCT[device]
-    left, right = (torch.ones(size, width, dtype=kind, device=device) for size in (rows, width))
+    times = packed.Product([torch.nn.Linear(width, width, bias=False, dtype=kind, device=device)])
+    x = torch.ones(rows, width, dtype=kind, device=device)
     took: list[float] = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        (left @ right)[0, 0].item()  # waits for the device
-        took.append(time.perf_counter() - began)
+    with torch.inference_mode():
+        for _ in range(REPEATS):
+            began = time.perf_counter()
+            times(x)[0, 0].item()  # waits for the device
+            took.append(time.perf_counter() - began)
     return Speed(parameters(folder), 2 * rows * width**2 / min(took), device)
 
 

@@ -1,11 +1,11 @@
 """EVOLVE's joint preference loss (arXiv:2502.05605): DPO on direct answers and the refinement loss.
 
 What it does   Trains the direct and the refining ability together.
-Equation       loss = (1 - alpha) L_DPO + alpha L_refine (+ nll_weight times the NLL of chosen answers per token)
+Equation       loss = (1 - alpha) L_DPO + alpha L_refine (+ nll_weight times the NLL per token of chosen answers)
 Needs          whatever the two parts need; alpha = 0 needs no refinement rows, alpha = 1 no direct ones.
 Differs        The paper's alpha and its normalisation are unknown; ours is 0.8 on the sum of both sides. The NLL term
-               is an option of ours, off by default; it is a mean over the tokens of a micro-batch, so the sizes of
-               micro-batches matter a little.
+               is an option of ours, off by default; its mean is over the tokens of a pair, so every pair weighs the
+               same, and how a step is cut into micro-batches does not matter.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ class Config(Strict):
     dpo: DpoConfig = DpoConfig()
     refine: RefineConfig = RefineConfig()
     nll_weight: float = Field(default=0.0, ge=0)
-    """Weight of the mean token NLL of chosen answers in the contexts of `nll`. Each micro-batch takes its own mean, in
-    which a token of short answers weighs more, so the loss depends a little on how a step is cut."""
+    """Weight of the mean token NLL of each pair's chosen answers in the contexts of `nll`."""
     nll: NllConfig = NllConfig()
 
     @model_validator(mode="after")
@@ -67,8 +66,8 @@ def loss(logprobs_N: Tensor, batch: Batch, cfg: Config) -> Loss:
         total = total + cfg.alpha * refined.total
         metrics |= refined.metrics | {"refine/loss": refined.total.detach()}
     if cfg.nll_weight:
-        likely = nll.loss(logprobs_N, batch, cfg.nll)
-        per_pair = batch.num_pairs / likely.weight  # mean over the micro-batch's tokens, carried by its pairs
-        total = total + cfg.nll_weight * per_pair * likely.total
-        metrics |= {"nll/loss": per_pair * likely.total.detach()}
+        total_P, weight_P, _ = nll.by_pair(logprobs_N, batch, cfg.nll)
+        likely = (total_P / weight_P).sum()
+        total = total + cfg.nll_weight * likely
+        metrics |= {"nll/loss": likely.detach()}
     return Loss(total, float(batch.num_pairs), metrics)

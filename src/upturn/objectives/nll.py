@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from upturn._model import Strict
@@ -33,6 +34,12 @@ class Config(Strict):
     """Weight of repeating the better draft when it is shown."""
     critique: float = Field(default=0.0, ge=0)
     """Weight of saying what the verifier says of either draft."""
+
+    @model_validator(mode="after")
+    def _something_is_learnt(self) -> Config:
+        if not _weights(self):
+            raise ValueError("every weight is 0, so nothing would be learnt: set one of them above 0")
+        return self
 
 
 def _weights(cfg: Config) -> dict[Row, float]:
@@ -53,11 +60,19 @@ def uses_reference(cfg: Config) -> bool:
 
 def loss(logprobs_N: Tensor, batch: Batch, cfg: Config) -> Loss:
     """Weighted NLL over target tokens."""
+    total_P, weight_P, metrics = by_pair(logprobs_N, batch, cfg)
+    return Loss(total_P.sum(), float(weight_P.sum()), metrics)
+
+
+def by_pair(logprobs_N: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Each pair's weighted NLL and its weighted number of tokens, both `[P]`, and the metrics of the batch."""
     logprobs_S = sum_by_sample(logprobs_N, batch.owner_N, len(batch.num_tokens_S))
-    total, weight, metrics = logprobs_S.sum() * 0, 0.0, {}
+    total_P = logprobs_N.new_zeros(batch.num_pairs)
+    weight_P = torch.zeros_like(total_P)
+    metrics: dict[str, Tensor] = {}
     for (context, side), w in _weights(cfg).items():
-        rows = _row(batch, context, side)
-        total = total - w * logprobs_S[rows].sum()  # eq. 4
-        weight += w * float(batch.num_tokens_S[rows].sum())
-        metrics[f"{context}/logps/{side}"] = logprobs_S[rows].detach().sum()
-    return Loss(total, weight, metrics)
+        rows_P = _row(batch, context, side)
+        total_P = total_P - w * logprobs_S[rows_P]  # eq. 4
+        weight_P = weight_P + w * batch.num_tokens_S[rows_P]
+        metrics[f"{context}/logps/{side}"] = logprobs_S[rows_P].detach().sum()
+    return total_P, weight_P, metrics
