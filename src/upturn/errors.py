@@ -3,6 +3,7 @@
     UpturnError            exit code 2, one clear message, no traceback
     ├── ConfigError        a recipe file or an override
     ├── DataError          a data set, a prompt, a verifier's input
+    │   └── NothingToLearn drafts of which a selection makes no example
     ├── ModelError         a model folder, a tokenizer, a chat template
     └── RunError           a run folder, the disk, a training that cannot go on
 
@@ -29,6 +30,10 @@ class ConfigError(UpturnError):
 
 class DataError(UpturnError):
     """A data set, prompt or verifier cannot be used."""
+
+
+class NothingToLearn(DataError):
+    """No draft tells what is better."""
 
 
 class ModelError(UpturnError):

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from upturn import config, registry
+from upturn.errors import ConfigError, NothingToLearn
 from upturn.evaluation.summary import Summary
 from upturn.lab import session
+from upturn.lab.bench import Bench
 from upturn.lab.store import Store
 from upturn.report import page
 
@@ -73,6 +75,44 @@ def test_a_recipe_goes_on_after_a_kill(name: str, tmp_path: Path, monkeypatch: p
     assert [stage.name for stage in summary.stages] == [step["name"] for step in planned]
     known = [place < middle or key in keys[:place] for place, key in enumerate(keys)]
     assert [stage.cached for stage in summary.stages] == known
+
+
+@pytest.mark.parametrize("name", ["grpo_turns", "demo"])
+def test_a_run_whose_drafts_teach_nothing_more_ends_with_what_it_has(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As with a collapsed model, whose drafts are all alike; the model before is measured and published."""
+    monkeypatch.setattr(page, "write_page", lambda folder: None)
+    select = Bench.select
+
+    def nothing_at_last(bench: Bench, attempts: Any, selector: Any, label: str) -> Any:
+        if label == "iteration 2" and not bench.dry:
+            raise NothingToLearn("here", "All are tied.", "Begin anew.")
+        return select(bench, attempts, selector, label)
+
+    monkeypatch.setattr(Bench, "select", nothing_at_last)
+    activate = ["activate.prompts=12", "collect.prompts=12", "iterations=3", "sft.train.train_batch_size=8"]
+    settings = overrides(name, tmp_path / "run") + (activate if name == "demo" else [])
+    folder, summary = session.run(name, settings)
+    assert summary.status == "finished"
+    assert summary.measurements[-1].label == "iteration 1"
+    assert (folder / "model" / "model.safetensors").is_file()
+
+
+def test_where_the_first_drafts_teach_nothing_the_run_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def nothing(bench: Bench, attempts: Any, selector: Any, label: str) -> Any:
+        raise NothingToLearn("here", "All are tied.", "Begin anew.")
+
+    monkeypatch.setattr(Bench, "select", nothing)
+    with pytest.raises(NothingToLearn):
+        session.run("grpo_turns", overrides("grpo_turns", tmp_path / "run"))
+
+
+def test_a_run_without_labels_does_not_learn_from_them():
+    """`majority` leaves to the verifier what is right, for measuring."""
+    with pytest.raises(ConfigError, match="scorer majority leaves that to the verifier"):
+        session.plan("think_prune_train", ["scorer=majority"])
+    assert session.plan("think_prune_train", ["scorer=majority", "prune=false"])["steps"]
 
 
 def _until(count: int) -> Callable[..., Any]:

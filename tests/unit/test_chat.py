@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,6 +66,31 @@ def test_a_template_that_is_not_prefix_preserving_is_quoted_with_a_notice(templa
     assert "QUESTION\nWhich?" in shown and "ANSWER\nyes" in shown and "again" in shown
     with pytest.raises(ModelError, match="prefix-preserving"):
         chat.load(words, [2], Requests("again"), "conversation")
+
+
+def test_a_written_answer_ends_as_the_template_ends_one():
+    """The smallest end token is another one here, and what sampling ends with is the template's, in both layouts."""
+    words = tiny.tokenizer(tiny.TEMPLATE.replace("</s>", "<a>"))
+    closing = words.convert_tokens_to_ids("<a>")
+    for layout in ("conversation", "quoted"):
+        talk = chat.load(words, [2, closing], Requests("again"), layout)
+        assert talk.encode("yes")[-1] == closing > 2
+    single = "{% if messages | length > 1 %}{{ raise_exception('one') }}{% endif %}" + tiny.TEMPLATE
+    assert chat.load(tiny.tokenizer(single), [2, closing], Requests("again"), "quoted").encode("yes")[-1] == 2
+
+
+def test_another_models_ids_are_no_ids():
+    words = tiny.tokenizer()
+    talk = chat.load(words, [2], Requests("again"))
+    own = draft("yes", words)
+    assert talk.spelled(own) is own
+    other = replace(own, text="no")
+    found = talk.spelled(other)
+    assert (found.token_ids, found.sampler_logprobs, found.num_tokens) == ((), (), own.num_tokens)
+    assert talk.target(found) == talk.encode("no")
+    assert words.decode(list(talk.context("Which?", (replace(found, finish_reason="length"),)))) == (
+        "<s><u>Which?<a>no</s><u>again<a>"
+    )
 
 
 def test_a_missing_template_is_refused():

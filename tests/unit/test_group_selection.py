@@ -179,6 +179,12 @@ class TestEstimators:
     def test_a_draft_without_score_is_not_compared(self):
         assert advantage(attempt([1, NAN, 0, 0.5])) == (0.75, None, -0.75, 0.0)
 
+    def test_a_draft_without_room_to_begin_is_only_shown(self):
+        one = attempt([1, 0, 0.5, 0], [(), (), (0,), (1,)], cut=(3,))
+        full = replace(one.drafts[3], token_ids=(), sampler_logprobs=(), text="", finish_reason="context")
+        one = replace(one, drafts=(*one.drafts[:3], full))
+        assert advantage(one) == (1, -1, 0, None)
+
     def test_a_cut_draft_learns_and_is_not_set_aside(self):
         selection = advantages.select([attempt([1, 0], cut=(0, 1))], advantages.Config())
         assert only(selection).values == (1, -1)

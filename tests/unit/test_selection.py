@@ -339,6 +339,31 @@ def test_every_slot_is_an_example_or_counted_and_no_example_teaches_nonsense(
     assert repr(module.select(attempts, config)) == repr(selection)  # NaN is not equal to itself
 
 
+ASKS = {name for name in registry.names("selection") if hasattr(registry.find("selection", name), "uses_right")}
+
+
+@pytest.mark.parametrize("name", sorted({*registry.names("selection")} - ASKS))
+@given(attempts=ATTEMPTS)
+def test_a_rule_that_does_not_say_so_never_asks_what_is_right(name: str, attempts: list[Attempt]):
+    """So a run without labels can use it."""
+    module: ModuleType = registry.find("selection", name)
+    turned = [
+        replace(one, scores=tuple(replace(score, right=not score.right) for score in one.scores)) for one in attempts
+    ]
+    here, there = (module.select(those, module.Config()) for those in (attempts, turned))
+    assert [learnt(example) for example in here.examples] == [learnt(example) for example in there.examples]
+
+
+def learnt(example: Pair | Group) -> Any:
+    if isinstance(example, Pair):
+        return example.chosen, example.rejected, example.p
+    return example.attempt.drafts, example.values
+
+
+def test_these_rules_ask_what_is_right():
+    assert sorted(ASKS) == ["aggregation", "correct", "critiques", "desirable", "flips", "right_vs_wrong"]
+
+
 def check_pair(pair: Pair, reject_cut: bool) -> None:
     assert pair.chosen.complete
     assert pair.rejected.complete or reject_cut

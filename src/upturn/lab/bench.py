@@ -12,7 +12,7 @@ from typing import Any
 from upturn.config import Plugin
 from upturn.engines.api import Endpoint
 from upturn.engines.sampling import Config as Sampling
-from upturn.errors import DataError
+from upturn.errors import ConfigError, DataError, NothingToLearn
 from upturn.evaluation import summary
 from upturn.lab import estimate
 from upturn.lab.lab import Attempts, Examples, Measure, Model, Options, Training
@@ -112,7 +112,7 @@ class Bench:
             from upturn.lab import work as jobs
 
             settings = self._settings(label, folder, purpose)
-            rule = jobs.rule_of(strategy, first.read() if first else ())
+            rule = jobs.Rule(strategy, first.read() if first else ())
             if model.endpoint:
                 return jobs.ask(model.endpoint, prompts, rule, how, settings, skip_failed=self.skip_failed)
             return jobs.generate(self._loaded(model), prompts, rule, how, settings)
@@ -143,10 +143,12 @@ class Bench:
 
         inputs = [attempts.key, *([voters.key] if voters else [])]
         result = self._do("score", label, config, inputs, work, {})
-        return Attempts(result.key, result.folder / "drafts.jsonl", attempts.num_prompts)
+        return Attempts(result.key, result.folder / "drafts.jsonl", attempts.num_prompts, scorer)
 
     def select(self, attempts: Attempts | Sequence[Attempts], selector: Plugin, label: str) -> Examples:
         sources = [attempts] if isinstance(attempts, Attempts) else list(attempts)
+        for source in sources:
+            _refuse_gold(selector, source.scorer)
         config = {"selector": selector.dump()}
 
         def work(folder: Path) -> dict[str, Any]:
@@ -154,7 +156,7 @@ class Bench:
             chosen = selector.module.select(groups, selector.cfg, self.task.vote_key)
             if not chosen.examples:
                 reasons = ", ".join(f"{count} {reason}" for reason, count in chosen.dropped.items())
-                raise DataError(
+                raise NothingToLearn(
                     f"selection for {label}",
                     f"None of {len(groups)} prompts gave an example: {reasons}.",
                     "Sample more drafts per prompt, raise the temperature, or choose another scorer or selection.",
@@ -337,3 +339,15 @@ class Bench:
 
 def _lines(records: Sequence[Any]) -> str:
     return "".join(json.dumps(to_json(record), separators=(",", ":")) + "\n" for record in records)
+
+
+def _refuse_gold(selector: Plugin, scorer: Plugin | None) -> None:
+    """No rule learns from the verifier where the run says that something else judges."""
+    asks = getattr(selector.module, "uses_right", lambda cfg: False)(selector.cfg)
+    if asks and scorer and getattr(scorer.module, "RIGHT_IS_GOLD", False):
+        raise ConfigError(
+            f"selection {selector.name}",
+            f"It asks which drafts are right, and scorer {scorer.name} leaves that to the verifier: the run would "
+            f"learn from the verifier and not from {scorer.name}.",
+            "Take scorer exact, or a selection by scores, such as best_vs_worst, last_vs_first or advantages.",
+        )

@@ -57,6 +57,8 @@ class Attempts:
     key: str
     path: Path
     num_prompts: int
+    scorer: Plugin | None = None
+    """What judged them."""
 
     def read(self) -> list[Attempt]:
         """All attempts."""
@@ -116,7 +118,10 @@ class Lab(Protocol):
         ...
 
     def select(self, attempts: Attempts | Sequence[Attempts], selector: Plugin, label: str) -> Examples:
-        """Make pairs or groups. Where there is none, as with all drafts tied, a DataError."""
+        """Make pairs or groups. Where there is none, as with all drafts tied, NothingToLearn.
+
+        A ConfigError where the rule asks what is right, and the scorer leaves that to the verifier.
+        """
         ...
 
     def train(

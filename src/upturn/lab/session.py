@@ -248,7 +248,7 @@ def describe(planned: dict[str, Any]) -> str:
     lines = [yaml.safe_dump(planned["config"], sort_keys=False), f"output_dir: {planned['output_dir']}", ""]
     width = max(len(step["name"]) for step in planned["steps"])
     for step in planned["steps"]:
-        state = "done" if step["done"] else f"about {step['tokens']:,} tokens, {step['seconds'] / 60:.1f} min"
-        lines.append(f"  {step['name']:<{width}}  {state}")
+        takes = f"about {step['tokens']:,} tokens, {step['seconds'] / 60:.1f} min" if step["tokens"] else "a moment"
+        lines.append(f"  {step['name']:<{width}}  {'done' if step['done'] else takes}")
     lines.append(f"\nTo do: about {planned['tokens']:,} tokens, {planned['seconds'] / 60:.0f} minutes on this machine.")
     return "\n".join(lines)

@@ -26,7 +26,7 @@ from upturn.models import card, chat, load, policy
 from upturn.strategies._base import num_drafts
 from upturn.tracking import events, progress
 from upturn.training import train as training
-from upturn.types import Attempt, Draft, Example, Prompt, Requests, Sample, draft_from_json, to_json
+from upturn.types import Attempt, Draft, Example, Pair, Prompt, Requests, Sample, draft_from_json, to_json
 
 SIZES = "sizes.json"
 """Slots and prompts of a chunk, until the chunks are merged."""
@@ -60,31 +60,42 @@ def seed_for(purpose: str, seed: int) -> int:
 class Rule:
     """How the drafts of a prompt come about."""
 
-    generate: Generate
-    drafts: int
-    """How many the model is asked for, at most."""
+    strategy: Plugin
+    first: Sequence[Attempt] = ()
+    """Where there are any, the first drafts that the strategy goes on from instead of asking for them."""
+
+    @property
+    def drafts(self) -> int:
+        """How many the model is asked for, at most."""
+        return num_drafts(self.strategy.cfg) - bool(self.first)
+
+    def spelled(self, talk: chat.Chat) -> Rule:
+        """With first drafts as a model reads them: they are another's."""
+        return replace(self, first=[_spelled(attempt, talk) for attempt in self.first])
+
+    def generate(self) -> Generate:
+        """The strategy as an engine takes it."""
+        run = partial(self.strategy.module.generate, cfg=self.strategy.cfg)
+        if not self.first:
+            return run
+        given = {attempt.prompt.id: attempt.drafts[0] for attempt in self.first}
+
+        async def generate(prompt: Prompt, sample: Any) -> list[Draft]:
+            waiting = [given[prompt.id]]
+
+            async def go_on(prompt: Prompt, shown: Sequence[Draft], **how: Any) -> Draft:
+                if waiting and not shown:
+                    return waiting.pop()
+                draft = await sample(prompt, shown=shown, **how)
+                return replace(draft, index=draft.index + 1)  # the given draft has the first place
+
+            return await run(prompt, go_on)
+
+        return generate
 
 
-def rule_of(strategy: Plugin, first: Sequence[Attempt] = ()) -> Rule:
-    """A strategy, and where given, the first drafts that it goes on from instead of asking for them."""
-    run = partial(strategy.module.generate, cfg=strategy.cfg)
-    drafts = num_drafts(strategy.cfg)
-    if not first:
-        return Rule(run, drafts)
-    given = {attempt.prompt.id: attempt.drafts[0] for attempt in first}
-
-    async def generate(prompt: Prompt, sample: Any) -> list[Draft]:
-        waiting = [given[prompt.id]]
-
-        async def go_on(prompt: Prompt, shown: Sequence[Draft], **how: Any) -> Draft:
-            if waiting and not shown:
-                return waiting.pop()
-            draft = await sample(prompt, shown=shown, **how)
-            return replace(draft, index=draft.index + 1)  # the given draft has the first place
-
-        return await run(prompt, go_on)
-
-    return Rule(generate, drafts - 1)
+def _spelled(attempt: Attempt, talk: chat.Chat) -> Attempt:
+    return replace(attempt, drafts=tuple(map(talk.spelled, attempt.drafts)))
 
 
 def generate(
@@ -100,7 +111,7 @@ def generate(
         progress.say(f"{s.label}: {talk.notice}")
     slots, chunk = _sizes(loaded, talk, prompts, how, s)
     engine = local.Local(loaded.model, talk, how, seed=s.seed, slots=slots)
-    return _in_chunks(engine, prompts, rule, s, chunk)
+    return _in_chunks(engine, prompts, rule.spelled(talk), s, chunk)
 
 
 def _sizes(
@@ -181,7 +192,7 @@ def _in_chunks(
             def seen(draft: Draft) -> None:
                 bar.advance(1)
 
-            attempts = engine.run(missing, rule.generate, seen)
+            attempts = engine.run(missing, rule.generate(), seen)
             events.sample(s.label, attempts)
             for attempt in attempts:
                 done[attempt.prompt.id] = json.dumps(to_json(attempt), separators=(",", ":"))
@@ -240,7 +251,7 @@ def train(
     job = training.Job(
         objective=how.objective.module,
         objective_cfg=how.objective.cfg,
-        examples=examples,
+        examples=[_read(example, talk) for example in examples],
         chat=talk,
         cfg=how.train,
         seed=s.seed,
@@ -266,6 +277,13 @@ def train(
         "final_loss": outcome.final_loss,
         "metrics": outcome.metrics,
     }
+
+
+def _read(example: Example, talk: chat.Chat) -> Example:
+    """The example as a model reads it: an aligner learns from the answers of another."""
+    if isinstance(example, Pair):
+        return replace(example, chosen=talk.spelled(example.chosen), rejected=talk.spelled(example.rejected))
+    return replace(example, attempt=_spelled(example.attempt, talk))
 
 
 def drift(loaded: load.Loaded, other: load.Loaded, attempts: Sequence[Attempt], s: Settings) -> float:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from jinja2 import TemplateError
+
 from upturn.errors import ModelError
 from upturn.types import Draft, Kind, Requests
 
@@ -40,10 +42,10 @@ class Chat:
     """Every id that ends an answer."""
     requests: Requests
     """What the user says behind a draft."""
+    closing_id: int
+    """The one of them that the template puts behind an answer: behind a draft that was cut, or written by others."""
     bridges: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Request -> ids from after a draft's end token to the start of the next draft (conversation)."""
-    closing_id: int = -1
-    """End token that the history puts behind a draft; added where a draft was cut (conversation)."""
     notice: str = ""
     """Why `auto` fell back to quoting; empty otherwise."""
     _asked: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
@@ -60,7 +62,8 @@ class Chat:
             return self._render([{"role": "user", "content": _quote(question, shown, said)}])
         ids = self._ask(question)
         for draft, said in zip(shown, self.requests.behind(shown, request, kind), strict=True):
-            ids += self.target(draft) if draft.complete else (*draft.token_ids, self.closing_id)
+            was_cut = draft.token_ids and not draft.complete
+            ids += (*draft.token_ids, self.closing_id) if was_cut else self.target(draft)
             ids += self.bridges.get(said) or self._bridge_to(said)
         return ids
 
@@ -70,8 +73,13 @@ class Chat:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of a text as an answer, with its end token."""
-        end = self.end_ids[0] if self.closing_id < 0 else self.closing_id
-        return (*self.tokenizer(text, add_special_tokens=False)["input_ids"], end)
+        return (*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.closing_id)
+
+    def spelled(self, draft: Draft) -> Draft:
+        """The draft as this tokenizer reads it: without ids where they are another model's and mean another text."""
+        if not draft.token_ids or self.decode(draft.token_ids) == draft.text:
+            return draft
+        return replace(draft, token_ids=(), sampler_logprobs=(), num_tokens_told=draft.num_tokens)
 
     def _bridge_to(self, request: str) -> tuple[int, ...]:
         """Ids between a draft's end token and the next draft, for a request of the strategy's own."""
@@ -107,24 +115,38 @@ def load(tokenizer: Any, model_end_ids: Sequence[int], requests: Requests, layou
     if not end_ids:
         raise ModelError(where, "No end-of-sequence token is known.", "Set eos_token_id in generation_config.")
     ends = tuple(sorted(end_ids))
-    quoted = Chat(tokenizer, "quoted", ends, requests)
+    quoted = Chat(tokenizer, "quoted", ends, requests, _closing(tokenizer, ends, requests.refine))
     if layout == "quoted":
         return quoted
     bridge, why = _bridge(tokenizer, end_ids, requests.refine)
     if bridge is not None:
-        chat = Chat(tokenizer, "conversation", ends, requests, {requests.refine: bridge[1:]}, bridge[0])
+        chat = Chat(tokenizer, "conversation", ends, requests, bridge[0], {requests.refine: bridge[1:]})
         return replace(chat, bridges={requests.critique: chat._bridge_to(requests.critique), **chat.bridges})
     if layout == "conversation":
         raise ModelError(where, f"The chat template is not prefix-preserving: {why}.", "Set options.layout=quoted.")
-    return Chat(tokenizer, "quoted", ends, requests, notice=f"drafts are quoted in one message, because {why}")
+    return replace(quoted, notice=f"drafts are quoted in one message, because {why}")
+
+
+def _closing(tokenizer: Any, ends: Sequence[int], request: str) -> int:
+    """The end token that the template puts behind an answer; the tokenizer's own where it puts none."""
+    try:
+        behind = _history(tokenizer, request)[1].partition(_MARK)[2]
+    except TemplateError:  # one for single questions only
+        behind = ""
+    first = next(iter(tokenizer(behind, add_special_tokens=False)["input_ids"]), None)
+    return next(end for end in (first, tokenizer.eos_token_id, *ends) if end in ends)
+
+
+def _history(tokenizer: Any, request: str) -> tuple[str, str]:
+    """A question as it is rendered, and with an answer and a request behind it."""
+    question = {"role": "user", "content": "Which?"}
+    behind = [{"role": "assistant", "content": _MARK}, {"role": "user", "content": request}]
+    return _text(tokenizer, [question]), _text(tokenizer, [question, *behind])
 
 
 def _bridge(tokenizer: Any, end_ids: set[int], request: str) -> tuple[tuple[int, ...] | None, str]:
     """Ids between the text of a draft and the next answer, or None and the reason."""
-    question = {"role": "user", "content": "Which?"}
-    direct = _text(tokenizer, [question])
-    history = [question, {"role": "assistant", "content": _MARK}, {"role": "user", "content": request}]
-    again = _text(tokenizer, history)
+    direct, again = _history(tokenizer, request)
     head, found, tail = again.partition(_MARK)
     if not found:
         return None, "the history does not repeat a draft word for word"

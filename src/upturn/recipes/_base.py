@@ -11,7 +11,9 @@ from pydantic import Field
 from upturn._model import Strict
 from upturn.config import Plugin, Scorer, Task, plugin
 from upturn.engines.sampling import Config as Sampling
+from upturn.errors import NothingToLearn
 from upturn.lab.lab import Attempts, Lab, Measure, Model, Options, Track, Training
+from upturn.tracking import progress
 from upturn.training.plan import Config as Train
 from upturn.types import Prompt
 
@@ -102,6 +104,11 @@ class Loop:
     """The number of the first iteration."""
 
 
+def say_ended(label: str, nothing: NothingToLearn) -> None:
+    """Iterations end with what was learnt so far."""
+    progress.say(f"{label}: {nothing.what} No more iterations: the model before it is the last one.")
+
+
 def iterate(
     cfg: Iterated,
     lab: Lab,
@@ -110,18 +117,30 @@ def iterate(
     how: Loop = Loop(),
     prompts: Prompts | None = None,
 ) -> Model:
-    """So many times: sample from the current model, judge, select, train, measure."""
+    """So many times: sample from the current model, judge, select, train, measure.
+
+    It ends early where the drafts of a later iteration teach nothing, as those of a perfect or a collapsed model.
+    """
     prompts = prompts or Prompts(lab)
-    model, drafts = base, []
+    model, drafts, measured = base, [], base
     for iteration in range(how.first, how.first + cfg.iterations):
         label = f"iteration {iteration}"
         asked = prompts.take(cfg.prompts)
         made = lab.generate(model, asked, what.strategy, cfg.sampling, label)
         judged = how.judge(made, asked, label) if how.judge else lab.score(made, cfg.scorer, label)
         drafts = [*drafts, judged] if how.data == "accumulate" else [judged]
-        examples = lab.select(drafts, what.selection, label)
+        try:
+            examples = lab.select(drafts, what.selection, label)
+        except NothingToLearn as nothing:
+            if model is base:
+                raise
+            say_ended(label, nothing)
+            if measured is not model:
+                lab.measure(model, cfg.measure, f"iteration {iteration - 1}", iteration - 1, cfg.scorer)
+            break
         training = Training(objective=what.objective, train=cfg.train)
         model = lab.train(base if how.start == "base" else model, examples, training, label, iteration, how.reference)
         if iteration % cfg.measure_every == 0 or iteration == how.first + cfg.iterations - 1:
             lab.measure(model, cfg.measure, label, iteration, cfg.scorer)
+            measured = model
     return model

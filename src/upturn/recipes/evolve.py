@@ -15,8 +15,9 @@ from pydantic import Field
 from upturn._model import Strict
 from upturn.config import Selector, Strategy
 from upturn.engines.sampling import Config as Sampling
+from upturn.errors import NothingToLearn
 from upturn.lab.lab import Examples, Lab, Model, Training
-from upturn.recipes._base import Prompts, Run, begin
+from upturn.recipes._base import Prompts, Run, begin, say_ended
 
 
 class Collect(Strict):
@@ -64,7 +65,13 @@ def run(cfg: Config, lab: Lab) -> None:
     start = model
     for iteration in range(1, cfg.iterations + 1):
         label = f"iteration {iteration}"
-        examples = examples_from(model, cfg.collect, label)
+        try:
+            examples = examples_from(model, cfg.collect, label)
+        except NothingToLearn as nothing:
+            if model is start:
+                raise
+            say_ended(label, nothing)
+            break
         reference = start if cfg.reference == "sft" else None
         model = lab.train(model, examples, cfg.prefer, label, iteration, reference)  # eq. 5
         lab.measure(model, cfg.measure, label, iteration, cfg.scorer)

@@ -25,6 +25,9 @@ from upturn.scorers._base import grade
 from upturn.tasks._base import Task
 from upturn.types import Attempt, Score
 
+RIGHT_IS_GOLD = True
+"""Whether `right` is the verifier's word beside this scorer's own: for measuring, and not to be learnt from."""
+
 
 class Config(Strict):
     """What a vote is worth."""

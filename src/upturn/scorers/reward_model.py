@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 Ids = list[int]
+RIGHT_IS_GOLD = True
+"""As with `majority`."""
 
 
 class Config(Strict):

@@ -18,7 +18,8 @@ class Selection:
     """The outcome of a rule.
 
     A selection file holds `Config` (a strict, frozen pydantic model) and
-    `select(attempts, cfg, key=text) -> Selection`. Each attempt offers a rule a fixed number of slots (1, or
+    `select(attempts, cfg, key=text) -> Selection`; one that asks which drafts are right, and not only what scores they
+    have, says so by `uses_right(cfg) -> bool`. Each attempt offers a rule a fixed number of slots (1, or
     `pairs_per_prompt`). Each slot becomes an example, which is a pair or a group of drafts, or is counted in `dropped`,
     so that `len(examples) + sum(dropped.values()) == len(attempts) * slots`.
     """

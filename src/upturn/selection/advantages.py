@@ -53,7 +53,7 @@ def select(attempts: list[Attempt], cfg: Config, key: Key = text) -> Selection:
     """A group of each scored attempt. A draft whose reward rests on a missing score is only shown.
 
     A cut draft learns like any other: it has no end token, so it is not taught as complete, and leaving it out would
-    bias the gradient towards short drafts.
+    bias the gradient towards short drafts. One that found no room to begin has nothing to learn, and is only shown.
 
     Dropped: 'no score', 'one draft' (no turn has two to compare), 'tied' (all advantages are 0).
     """
@@ -80,14 +80,16 @@ def _choose(attempt: Attempt, cfg: Config) -> list[Group] | str:
 
 
 def _rewards(attempt: Attempt, cfg: Config) -> dict[int, float]:
-    """What each judged draft earned, by index; without those whose reward rests on a missing score."""
+    """What each judged draft earned, by index; without those whose reward rests on a missing score, and those of no
+    token at all."""
     scores = {index: score.value for index, score in judged(attempt).items()}
     value = defaultdict(lambda: math.nan, scores)
     if cfg.reward in ("last", "sum"):
         earned = _over_chains(attempt.drafts, value, cfg)
     else:
         earned = {draft.index: _over_step(draft, value, cfg) for draft in attempt.drafts}
-    return {index: earned[index] for index in scores if not math.isnan(earned[index])}
+    begun = {draft.index for draft in attempt.drafts if draft.complete or draft.token_ids}
+    return {index: earned[index] for index in scores if index in begun and not math.isnan(earned[index])}
 
 
 def _over_step(draft: Draft, value: Mapping[int, float], cfg: Config) -> float:

@@ -24,6 +24,11 @@ class Config(Strict):
     """Whether the target is learnt as a direct answer, too."""
 
 
+def uses_right(cfg: Config) -> bool:
+    """Always."""
+    return True
+
+
 def select(attempts: list[Attempt], cfg: Config, key: Key = text) -> Selection:
     """A group of each scored attempt: the proposals, and the first right complete draft behind them at turn 2.
 

@@ -24,6 +24,11 @@ class Config(Strict):
     """Whether a text is kept once only."""
 
 
+def uses_right(cfg: Config) -> bool:
+    """Where only right drafts are kept."""
+    return cfg.right_only
+
+
 def select(attempts: list[Attempt], cfg: Config, key: Key = text) -> Selection:
     """A group of each scored attempt with a right draft: value 1 for drafts that are kept. Cut drafts never are.
 

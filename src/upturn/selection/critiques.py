@@ -26,6 +26,11 @@ class Config(Strict):
     """Drafts that are criticised, at most; half of them right ones where there are so many."""
 
 
+def uses_right(cfg: Config) -> bool:
+    """Always."""
+    return True
+
+
 def select(attempts: list[Attempt], cfg: Config, key: Key = text) -> Selection:
     """A group of each scored attempt: direct answers where they are right, critiques, and right refinements, value 1.
 

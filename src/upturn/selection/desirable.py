@@ -30,6 +30,11 @@ class Config(Strict):
     """Whether a draft cut by the length limit may be undesirable; it is never desirable."""
 
 
+def uses_right(cfg: Config) -> bool:
+    """Always."""
+    return True
+
+
 def select(attempts: list[Attempt], cfg: Config, key: Key = text) -> Selection:
     """A group of each scored attempt, with the first complete draft of the next attempt at another prompt.
 

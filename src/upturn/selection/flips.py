@@ -27,6 +27,11 @@ class Config(Strict):
     """Whether a draft cut by the length limit may be rejected; it is never chosen."""
 
 
+def uses_right(cfg: Config) -> bool:
+    """Always."""
+    return True
+
+
 def select(attempts: list[Attempt], cfg: Config, key: Key = text) -> Selection:
     """Up to `pairs_per_prompt` pairs of each scored attempt; the draft shown is the last one of the context.
 

@@ -16,6 +16,11 @@ class Config(Strict):
     """Whether a draft cut by the length limit may be rejected; it is never chosen."""
 
 
+def uses_right(cfg: Config) -> bool:
+    """Always."""
+    return True
+
+
 def select(attempts: list[Attempt], cfg: Config, key: Key = text) -> Selection:
     """One pair of each scored attempt. Of two wrong drafts equally near, the earlier is rejected.
 
