@@ -15,6 +15,9 @@ NAME = "upturn"
 PLAIN_KEYS = 384
 """Up to so many keys two plain matrix products beat the fused kernel on a CPU (1.6 times at 100 keys)."""
 
+STRANGE = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
+"""What some models hand to their attention besides queries, keys and values, that would move the result."""
+
 
 class Plan(Protocol):
     """Knows which keys each query may see. One that can do all of a layer has `takes` and `run` too (`StepPlan`)."""
@@ -44,6 +47,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """The attention interface of `transformers`, handed on to the plan."""
     assert upturn_plan is not None, "a model with attn_implementation='upturn' needs a plan"
+    if strange := [name for name in STRANGE if kwargs.get(name) is not None]:
+        raise ValueError(f"it attends by {', '.join(strange)} too, of which a plan knows nothing")
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     how = How(scaling, kwargs.get("sliding_window"), kwargs.get("softcap"))
     return upturn_plan.attend(int(module.layer_idx), query, key, value, how), None  # type: ignore[arg-type]

@@ -24,12 +24,33 @@ IDS = 4096
 """Ids of the vocabulary per pass on a CPU. Part of the numerics: policy and reference use the same."""
 
 
+def bent(model: nn.Module, logits: Tensor) -> Tensor:
+    """Logits as the model's own forward leaves them: soft-capped (Gemma), multiplied (Cohere), divided (Granite)."""
+    cap, scale = _bend(model)
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    return logits if scale == 1 else logits * scale
+
+
+def _bend(model: nn.Module) -> tuple[float | None, float]:
+    """Cap and scale of the logits."""
+    config = cast(Any, model).config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    return getattr(config, "final_logit_softcapping", None), scale
+
+
 def usable(model: nn.Module, hidden: Tensor) -> bool:
     """Whether the model's output layer is a plain one without bias, cap or scale, on a device that has these passes."""
     layer = cast(Any, model).get_output_embeddings()
-    config = cast(Any, model).config.get_text_config()
-    bent = getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None)
-    if bent or not packed.is_plain(layer) or layer.bias is not None or layer._forward_hooks or layer._forward_pre_hooks:
+    cap, scale = _bend(model)
+    if (
+        cap
+        or scale != 1
+        or not packed.is_plain(layer)
+        or layer.bias is not None
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+    ):
         return False
     has_passes = hidden.dtype in _compiled_logits.TYPES if hidden.is_cuda else ops.usable(hidden)
     return has_passes and layer.weight.dtype == hidden.dtype

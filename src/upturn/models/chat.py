@@ -17,7 +17,7 @@ from upturn.errors import ModelError
 from upturn.types import Draft, Kind, Requests
 
 Layout = Literal["auto", "conversation", "quoted"]
-VERSION = 1
+VERSION = 2
 """Raised when the rendering changes: part of every result's key."""
 REMEMBERED = 4096
 """Most questions whose ids are kept."""

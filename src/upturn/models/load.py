@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from upturn.errors import ModelError, first_line
+from upturn.models import _faithful as faithful
 from upturn.models import folders, lean
 
 Dtype = str
@@ -29,16 +30,14 @@ class Loaded:
 
 def load(name: str, dtype: Dtype = "auto", *, trust_remote_code: bool = False, device: str = "auto") -> Loaded:
     """Load a causal language model and its tokenizer. Raises ModelError with the cause in one line."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     _hush()
     folder = folders.resolve(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=_dtype(dtype), use_safetensors=True, attn_implementation="sdpa", **options
-        )
+        model = _pretrained(folder, dtype=_dtype(dtype), use_safetensors=True, **options)
     except Exception as error:  # the one place where any failure of a foreign folder becomes a message
         raise ModelError(f"model {name}", first_line(error), "Check the folder, or load another model.") from error
     ends = model.generation_config.eos_token_id if model.generation_config else None
@@ -47,7 +46,20 @@ def load(name: str, dtype: Dtype = "auto", *, trust_remote_code: bool = False, d
         nn.Module.to(model, place)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {place}", first_line(error), "Use another device, or device=auto.") from error
-    return Loaded(model.eval(), tokenizer, name, _ids(ends))
+    faithful.check(model.eval(), name)
+    return Loaded(model, tokenizer, name, _ids(ends))
+
+
+def _pretrained(folder: str, **options: Any) -> Any:
+    """The model with the attention of torch, or with its own where it knows no other: until a plan takes its place."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **options)
+    except ValueError as error:
+        if "attention implementation" not in str(error):
+            raise
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options)
 
 
 def load_to_answer(folder: str) -> Loaded:
@@ -80,7 +92,7 @@ def save(loaded: Loaded, folder: Path, card: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model: Any = loaded.model
     implementation = model.config._attn_implementation
-    model.config._attn_implementation = "sdpa"
+    model.config._attn_implementation = None  # whoever loads it chooses
     model.save_pretrained(folder, safe_serialization=True)
     model.config._attn_implementation = implementation
     loaded.tokenizer.save_pretrained(folder)

@@ -33,14 +33,7 @@ def hidden_states(model: nn.Module, ids_T: Tensor, positions_T: Tensor, plan: _a
 
 def head(model: nn.Module, hidden: Tensor) -> Tensor:
     """Logits of hidden states, with the model's own soft cap or scale, `[..., d] -> [..., V]`."""
-    known = cast(Any, model)
-    logits = known.get_output_embeddings()(hidden)
-    config = known.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap:
-        logits = cap * torch.tanh(logits / cap)
-    scale = getattr(config, "logit_scale", None)
-    return logits * scale if scale else logits
+    return _output_layer.bent(model, cast(Any, model).get_output_embeddings()(hidden))
 
 
 def tree_logprobs(model: nn.Module, tree: TokenTree, *, flex: bool | None = None) -> Tensor:
