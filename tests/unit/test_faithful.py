@@ -28,6 +28,7 @@ SHAPE: dict[str, Any] = {
     "initializer_range": 0.3,
 }
 GRANITE = {"logits_scaling": 8.0, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 2}
 FAITHFUL: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in sorted(_faithful.PROVEN)),
     ("gemma2", {"query_pre_attn_scalar": 8, "sliding_window": 4}),
@@ -39,8 +40,11 @@ FAITHFUL: list[tuple[str, dict[str, Any]]] = [
 ]
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("lfm2", {"layer_types": ["conv", "full_attention"]}, "by convolutions"),
-    ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "not all of its layers attend"),
+    ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "attends on its own"),
     ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "s_aux"),
+    ("diffllama", {}, "not each of its layers attends once"),
+    ("qwen2_moe", WINDOWS, "by its masks alone"),
+    ("gpt_bigcode", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "are not those that its config tells of"),
 ]
 TYPES = [torch.float32, torch.bfloat16]
 

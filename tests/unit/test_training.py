@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +97,31 @@ def test_micro_batches_do_not_matter(tiny_model: Path, tmp_path: Path):
         torch.testing.assert_close(state(cut)[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [1, 10_000])
+def test_an_output_layer_of_its_own_learns_too(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, tokens: int
+):
+    """Llama 3, Mistral and all larger models have one; its gradient comes in parts, and autograd hands over none."""
+
+    def trained(folder: Path) -> dict[str, torch.Tensor]:
+        loaded = fresh(tiny_model, dtype)
+        model: Any = loaded.model
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        train.run(model, job(loaded, folder, max_tree_tokens=tokens), lambda entry: None)
+        return state(loaded)
+
+    parts = trained(tmp_path / "parts")
+    monkeypatch.setattr("upturn.models._output_layer.usable", lambda model, hidden: False)
+    whole = trained(tmp_path / "whole")
+    start = state(fresh(tiny_model, dtype))
+    assert not torch.equal(parts["lm_head.weight"], start["lm_head.weight"])
+    assert not torch.equal(parts["lm_head.weight"], parts["model.embed_tokens.weight"])
+    close = {"rtol": 1e-3, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.02, "atol": 0.004}
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, **close)
+
+
 def test_gradients_are_summed_over_micro_batches_and_leave_the_weights():
     model = torch.nn.Linear(2, 1, bias=False).to(torch.bfloat16)
     optimizer = MasterAdamW(model, plan.Config())
@@ -129,6 +156,82 @@ def test_a_killed_training_ends_byte_for_byte_like_an_unbroken_one(tiny_model: P
     train.run(again.model, job(again, tmp_path / "b", **settings), entries.append)
     assert all(torch.equal(state(again)[name], tensor) for name, tensor in state(unbroken).items())
     assert [e["loss"] for e in entries] == [e["loss"] for e in all_entries]
+
+
+def stopped(model: Path, folder: Path, after: int = 2) -> None:
+    """A training that was killed once it had written some checkpoints."""
+    killed = fresh(model)
+
+    def kill(entry: dict[str, Any]) -> None:
+        if entry["step"] > after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.run(killed.model, job(killed, folder, num_train_epochs=2.0, save_seconds=0.0), kill)
+
+
+def gone_on(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The weights that the same training ends with, and what it says."""
+    said: list[str] = []
+    monkeypatch.setattr(train.progress, "say", said.append)
+    loaded = fresh(model)
+    train.run(loaded.model, job(loaded, folder, num_train_epochs=2.0, save_seconds=0.0), lambda entry: None)
+    return state(loaded), said
+
+
+@pytest.mark.parametrize("lost", [train.STATE, train.OPTIMIZER])
+@pytest.mark.parametrize("has_old", [False, True])
+def test_a_checkpoint_that_lost_a_file_counts_for_nothing(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, has_old: bool
+):
+    stopped(tiny_model, tmp_path / "a")
+    if has_old:
+        shutil.copytree(tmp_path / "a" / train.CHECKPOINT, tmp_path / "a" / train.OLD)
+    (tmp_path / "a" / train.CHECKPOINT / lost).unlink()
+    found, said = gone_on(tiny_model, tmp_path / "a", monkeypatch)
+    assert said == (["test: going on after step 2 of 4"] if has_old else [])
+    whole, _ = gone_on(tiny_model, tmp_path / "b", monkeypatch)
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
+def test_what_no_training_needs_any_more_is_never_half_there(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stopped(tiny_model, tmp_path)
+
+    def killed(folder: Path, **_: Any) -> None:
+        if folder.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.forget(tmp_path)
+    assert (tmp_path / train.PART).exists() and not (tmp_path / train.CHECKPOINT).exists()
+
+
+def test_other_arithmetic_begins_a_training_anew_and_says_so(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stopped(tiny_model, tmp_path / "a")
+    before = json.loads((tmp_path / "a" / train.ARITHMETIC).read_text())
+    stale = (tmp_path / "a" / "reference.safetensors").stat().st_ino
+    kept = tmp_path / "a" / "kept"
+    os.link(tmp_path / "a" / "reference.safetensors", kept)  # its number is not given to another file
+    monkeypatch.setattr(train, "_arithmetic", lambda model: before | {"kernels": "changed"})
+    found, said = gone_on(tiny_model, tmp_path / "a", monkeypatch)
+    told = f"(kernels {before['kernels']} before, changed now)"
+    assert said == [f"test: begins anew, as what is left of it was computed otherwise {told}"]
+    assert (tmp_path / "a" / "reference.safetensors").stat().st_ino != stale
+    whole, _ = gone_on(tiny_model, tmp_path / "b", monkeypatch)
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_training_knows_whether_it_has_kernels(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    model = fresh(tiny_model).model
+    monkeypatch.setattr(train.build, "kernels", lambda dtype: None)
+    assert train._arithmetic(model) == {"kernels": "no", "device": "cpu", "dtype": "torch.float32"}
+    monkeypatch.setattr(train.build, "kernels", lambda dtype: model)
+    assert train._arithmetic(model)["kernels"] == "yes"
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_repro(tiny_model: Path, tmp_path: Path):

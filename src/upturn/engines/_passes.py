@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from upturn.engines import sampling
-from upturn.engines._slots import BEGIN, Slots, Span, StepPlan, heads_of
+from upturn.engines._slots import BEGIN, Slots, Span, StepPlan
 from upturn.models import policy
+from upturn.models._attention import heads_of
 from upturn.models.fused import fused
 from upturn.models.native import on_gpu, ops
 

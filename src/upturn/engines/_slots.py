@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from upturn.errors import ModelError
-from upturn.models._attention import How, hidden, sdpa
+from upturn.models._attention import How, heads_of, hidden, sdpa
 from upturn.models._memory import free_on
 from upturn.models.native import ops
 
@@ -42,12 +42,6 @@ def usual(model: nn.Module, longest: Callable[[], int]) -> int:
     (heads, width), tokens = heads_of(config), min(max(longest(), BEGIN), config.max_position_embeddings)
     one = 2 * config.num_hidden_layers * heads * width * like.element_size() * tokens
     return max(1, min(most, free_on(like.device) // SHARE_OF_FREE // one))
-
-
-def heads_of(config: Any) -> tuple[int, int]:
-    """How many heads of keys a model has, and how wide they are."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 class Slots:

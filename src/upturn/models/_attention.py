@@ -54,6 +54,12 @@ def attention(
     return upturn_plan.attend(int(module.layer_idx), query, key, value, how), None  # type: ignore[arg-type]
 
 
+def heads_of(config: Any) -> tuple[int, int]:
+    """How many heads of keys a model has, and how wide they are."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, how: How, *, few_queries: int = 0) -> Tensor:
     """Grouped-query attention. `q [B, H, Q, D]`, `k, v [B, Hkv, K, D]`, `mask [B, 1, Q, K]` as `hidden` makes it.
 
@@ -93,3 +99,5 @@ def use_plans(model: nn.Module) -> None:
         # which it would wait for the device in every pass.
         AttentionInterface.register(NAME, attention)
         known.set_attn_implementation(NAME)
+        if known.config._attn_implementation != NAME:  # `transformers` only warns
+            raise ValueError(f"{type(model).__name__} attends on its own and takes no plan")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from upturn import trees
 from upturn.errors import ModelError, first_line
 from upturn.models import policy
-from upturn.models._attention import How
+from upturn.models._attention import How, heads_of
 from upturn.models._tree_plan import TreePlan
 from upturn.types import Sample
 
@@ -56,11 +56,11 @@ def _fault(model: nn.Module, num_ids: int) -> str:
     question, answers = tuple(ids[:CONTEXT]), (tuple(ids[CONTEXT:-BRANCH]), tuple(ids[-BRANCH:]))
     samples = [Sample(question, answer) for answer in answers]
     try:
-        rows, (tree, layers) = _by_rows(model, samples), _by_tree(model, samples)
+        rows, (tree, plan) = _by_rows(model, samples), _by_tree(model, samples)
     except Exception as error:  # whatever a foreign forward says of a plan
         return f"its attention takes no plan ({first_line(error)})"
-    if layers != {*range(cast(Any, model).config.get_text_config().num_hidden_layers)}:
-        return f"not all of its layers attend by the attention interface of transformers, {UNPLANNED}"
+    if odd := plan.odd(cast(Any, model).config.get_text_config()):
+        return odd
     distance = float((rows.exp() * (rows - tree).abs()).sum(-1).mean())
     far = not distance <= ALLOWED.get(next(model.parameters()).dtype, ROUGH)
     return f"over a tree of drafts its log-probs are not those of each text alone ({distance:.2g} nats apart)" * far
@@ -74,21 +74,47 @@ def _by_rows(model: nn.Module, samples: list[Sample]) -> Tensor:
     return logits[:, CONTEXT - 1 :].flatten(0, 1).float().log_softmax(-1)
 
 
-def _by_tree(model: nn.Module, samples: list[Sample]) -> tuple[Tensor, set[int]]:
-    """The same over a tree, and the layers that asked the plan. Without kernels: those are asked layer by layer."""
+def _by_tree(model: nn.Module, samples: list[Sample]) -> tuple[Tensor, _Asked]:
+    """The same over a tree, and what the plan was asked. Without kernels: those are asked layer by layer."""
     tree = trees.build(samples).to(next(model.parameters()).device)
-    plan = _Counting(tree, flex=False)
+    plan = _Asked(tree, flex=False)
     hidden_T = policy.hidden_states(model, tree.ids_T, tree.positions_T, plan)
-    return policy.head(model, hidden_T[tree.predictors_N]).float().log_softmax(-1), plan.layers
+    return policy.head(model, hidden_T[tree.predictors_N]).float().log_softmax(-1), plan
 
 
-class _Counting(TreePlan):
-    """Remembers which layers asked."""
+class _Asked(TreePlan):
+    """Remembers what it was asked."""
 
     def __init__(self, tree: trees.TokenTree, *, flex: bool) -> None:
         super().__init__(tree, flex=flex)
-        self.layers: set[int] = set()
+        self.layers: list[int] = []
+        self.windows: set[int | None] = set()
+        self.heads: set[tuple[int, ...]] = set()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
-        self.layers.add(layer)
+        self.layers.append(layer)
+        self.windows.add(how.window)
+        self.heads |= {(part.shape[1], part.shape[3]) for part in (k, v)}
         return super().attend(layer, q, k, v, how)
+
+    def odd(self, config: Any) -> str:
+        """What a cache of keys and values, or a window longer than this question, would stumble over."""
+        if sorted(self.layers) != [*range(config.num_hidden_layers)]:
+            return f"not each of its layers attends once, by the attention interface of transformers, {UNPLANNED}"
+        if self.heads != {heads_of(config)}:
+            return f"its keys and values are not those that its config tells of ({self.heads}, not {heads_of(config)})"
+        if (window := _declared_window(config)) and window not in self.windows:
+            return f"it hides tokens by its masks alone (a window of {window}), and a plan takes the place of masks"
+        return ""
+
+
+def _declared_window(config: Any) -> int:
+    """Tokens that some layer sees at most, where that is less than all; else 0."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds and "chunked_attention" in kinds:
+        window = getattr(config, "attention_chunk_size", None)
+    elif kinds is not None and "sliding_attention" not in kinds:
+        window = None
+    else:
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return window if window and window < config.max_position_embeddings else 0

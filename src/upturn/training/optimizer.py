@@ -62,9 +62,11 @@ class MasterAdamW:
                 hook.remove()
 
     def _take(self, place: int, weight: Tensor) -> None:
-        """Take over a whole gradient, or add it to those before it."""
+        """Take over a whole gradient, or add it to those before it. There is none where all of it was added in parts, as
+        that of an output layer of its own."""
         grad, weight.grad = weight.grad, None
-        assert grad is not None
+        if grad is None:
+            return
         if place not in self.grads and grad.is_contiguous() and not self._sums_at_once(place):
             self.grads[place] = grad.detach()
         else:
