@@ -73,7 +73,13 @@ def _against(found: Comparison, row: ArmRow) -> list[str]:
     contrast: Contrast | None = next(
         (c for c in found.contrasts if c.after == row.name and c.what == "last turn"), None
     )
-    return [_points(contrast.difference), f"{contrast.p_holm:.3f}"] if contrast else ["", ""]
+    return [_points(contrast.difference), _p(contrast)] if contrast else ["", ""]
+
+
+def _p(contrast: Contrast) -> str:
+    if contrast.p_holm < 0.001:
+        return "<0.001"
+    return f"{'≤' if contrast.at_most else ''}{contrast.p_holm:.3f}"
 
 
 def _percent(share: Estimate) -> str:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 
-from upturn.evaluation.summary import Summary, drafts_file
+from upturn.evaluation.summary import Measurement, Summary, drafts_file
 from upturn.evaluation.turns import pooled_gain
 from upturn.types import Attempt, attempt_from_json
 
@@ -22,11 +23,17 @@ def attempts_of(run: Path, label: str) -> list[Attempt]:
     return [attempt_from_json(json.loads(line)) for line in (run / drafts_file(label)).read_text().splitlines()]
 
 
-def row(runs: list[Path], summaries: list[Summary], place: int) -> str:
+def last_turn(measured: Iterable[Measurement]) -> int:
+    """The last turn that was measured in each of these; a strategy may need fewer than its drafts."""
+    return min(len(one.turns) for one in measured)
+
+
+def row(runs: list[Path], summaries: list[Summary], place: int, num_turns: int) -> str:
     """One line of the table: the same measurement in every run."""
     measured = [summary.measurements[place] for summary in summaries]
-    label, last = measured[0].label, summaries[0].turns
+    label, last = measured[0].label, last_turn(measured)
     accuracies = [f"{100 * mean(m.turns[t].accuracy for m in measured):.1f}" for t in range(last)]
+    accuracies += [""] * (num_turns - last)
     gain = pooled_gain([attempts_of(run, label) for run in runs], 1, last)
     flips = [m.flips for m in measured if m.flips]
     votes = [m.majority.accuracy for m in measured if m.majority]
@@ -45,11 +52,12 @@ def main(folders: list[str]) -> None:
     """Print the table."""
     runs = [Path(folder) for folder in folders]
     summaries = [Summary.read(run / "summary.json") for run in runs]
-    turns = range(1, summaries[0].turns + 1)
-    heads = ["model", *(f"turn {t}" for t in turns), "gain, 95% interval", "w→r", "r→w", "vote"]
+    places = range(len(summaries[0].measurements))
+    num_turns = max(last_turn(summary.measurements[place] for summary in summaries) for place in places)
+    heads = ["model", *(f"turn {t + 1}" for t in range(num_turns)), "gain, 95% interval", "w→r", "r→w", "vote"]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-    for place in range(len(summaries[0].measurements)):
-        print(row(runs, summaries, place))
+    for place in places:
+        print(row(runs, summaries, place, num_turns))
     print(f"\n{len(runs)} seeds, {summaries[0].measurements[0].n} held-out prompts each.")
 
 

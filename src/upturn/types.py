@@ -58,6 +58,8 @@ class Draft:
     kept: bool = False
     """Whether the model was not asked for it: it is the earlier answer, with its ids, in which a critique found nothing
     to change. It cost nothing."""
+    critique_tokens: int = 0
+    """How many of its tokens are those of the critique folded into it (`answers`)."""
 
     @property
     def num_tokens(self) -> int:
@@ -179,6 +181,7 @@ def _folded(attempt: Attempt) -> Attempt:
             index=place[draft.index],
             parents=tuple(place[each.index] for each in shown if each.kind == "answer"),
             num_tokens_told=draft.num_tokens + tokens if tokens else draft.num_tokens_told,
+            critique_tokens=tokens,
             prompt_tokens=draft.prompt_tokens + sum(each.prompt_tokens for each in critiques),
             cached_tokens=draft.cached_tokens + sum(each.cached_tokens for each in critiques),
             critique=critiques[0].text if critiques else "",

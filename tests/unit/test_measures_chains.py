@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import scripted
@@ -15,15 +16,15 @@ from hypothesis import strategies as st
 from scripted import CHAIN, chains, patterns
 
 from upturn.errors import RunError
-from upturn.evaluation import assemble
+from upturn.evaluation import assemble, values
 from upturn.evaluation.assemble import Measured, model_study
 from upturn.evaluation.ceilings import ceilings
 from upturn.evaluation.controls import at_equal_tokens, cost_points
-from upturn.evaluation.drift import identical
+from upturn.evaluation.drift import drift, identical
 from upturn.evaluation.stopping import stops
 from upturn.evaluation.study import Ceilings, CostPoint, Drift, ModelStudy, StopRule
 from upturn.evaluation.turns import pass_at_k
-from upturn.types import Attempt
+from upturn.types import Attempt, Draft, Prompt, Score, answers
 
 PARALLEL = [
     scripted.parallel("a", "wwr", ["u v", "u v", "w"], "132"),
@@ -45,7 +46,8 @@ def siblings(rows: list[str]) -> list[Attempt]:
 
 
 def points(method: str) -> list[CostPoint]:
-    return [point for point in cost_points(CHAIN, PARALLEL, REWARDS) if point.method == method]
+    found = cost_points(CHAIN, PARALLEL, REWARDS, rewarded_alone=True)
+    return [point for point in found if point.method == method]
 
 
 def rule(name: str, turns: int = 3) -> StopRule:
@@ -71,6 +73,52 @@ def test_costs_of_direct_answers_worked_by_hand():
         (2, 4, 10),
         (3, 6, 15),
     ]
+
+
+def test_rewards_that_look_at_the_others_choose_among_all_of_them_only():
+    found = [point for point in cost_points(CHAIN, PARALLEL, REWARDS) if point.method == "best of n"]
+    assert found == points("best of n")[2:]
+    model = Measured("m", 0, CHAIN, PARALLEL, parallel_rewards=REWARDS)
+    told = [model_study(replace(model, rewarded_alone=alone)).costs for alone in (False, True)]
+    assert [[point.k for point in costs if point.method == "best of n"] for costs in told] == [[3], [1, 2, 3]]
+
+
+def test_controls_rest_on_the_prompts_that_both_sides_have():
+    # the endpoint answered a, b, c in chains and b, c, d side by side: b is rrw and rrw, c always wrong
+    found = model_study(Measured("m", 0, CHAIN[:3], PARALLEL[1:]))
+    assert found.n == 3 and found.turns[0].n == 3 and found.ceilings and found.control and found.excess
+    assert {point.accuracy.n for point in found.costs} == {2}
+    assert [point.accuracy.value for point in found.costs if point.method == "refine"] == [0.5, 0.5, 0]
+    assert [row.share.n for row in found.ceilings.pass_at] == [2, 2, 2]
+    assert (found.control.n, found.excess.n) == (2, 2)
+    apart = model_study(Measured("m", 0, CHAIN[:2], PARALLEL[2:]))
+    assert (apart.ceilings, apart.control) == (None, None)
+    assert {(point.method, point.accuracy.n) for point in apart.costs} == {("refine", 2)}
+
+
+def test_the_three_of_an_early_end_add_up():
+    # z answers once, rightly, and stops; a goes from wrong to right: gain 1/2
+    found = model_study(Measured("m", 0, [scripted.chain("z", "r"), scripted.chain("a", "wr")], [
+        scripted.parallel("z", "rw"), scripted.parallel("a", "ww")]))  # fmt: skip
+    assert found.gain and found.control and found.excess
+    assert (found.gain.points, found.gain.n, found.control.points, found.excess.value) == (50, 2, -25, 0.75)
+
+
+def test_an_answer_that_could_not_be_judged_is_in_no_share():
+    lost = replace(CHAIN[3], scores=(CHAIN[3].scores[0], *(replace(s, value=math.nan) for s in CHAIN[3].scores[1:])))
+    half = replace(PARALLEL[3], scores=(replace(PARALLEL[3].scores[0], value=math.nan), *PARALLEL[3].scores[1:]))
+    found = model_study(Measured("m", 0, [*CHAIN[:3], lost], [*PARALLEL[:3], half]))
+    assert found.gain and found.excess and found.control and found.ceilings
+    assert [(p.accuracy.value, p.accuracy.n) for p in found.costs if p.method == "refine"] == [
+        (0.5, 4), (pytest.approx(2 / 3), 3), (pytest.approx(1 / 3), 3)]  # fmt: skip
+    assert next((p.accuracy.value, p.accuracy.n) for p in found.costs if p.method == "resample") == (1 / 3, 3)
+    # turn 3 minus the mean direct answer of a, b, c: 2/3, -2/3, 0; the mean of d is 1/2
+    assert (found.excess.n, found.excess.value) == (3, pytest.approx(0))
+    assert found.control.points == pytest.approx(100 * (1 / 3 - 1 / 3 + 0 - 1 / 2) / 4)
+    assert [row.share.n for row in found.ceilings.pass_at] == [4, 4, 3]
+    assert sum(path.count for path in found.paths) == 3
+    assert [(r.fixed.n, r.broken.n) for r in found.revisions if r.fixed and r.broken] == [(2, 1), (1, 2), (2, 1)]
+    assert [(s.accuracy.n, s.turns) for s in found.stops if s.name == "fixed"] == [(4, 1), (3, 2), (3, 3)]
 
 
 def test_a_verifier_is_no_chooser_and_silence_is_no_vote():
@@ -175,6 +223,22 @@ def test_too_few_answers_give_no_refinement_gap():
     assert ceilings(CHAIN, []) is None
 
 
+def test_a_vote_has_as_many_answers_as_the_chain():
+    # three proposals, then one answer behind them: four answers in two turns. d was kept, which asks for none
+    tree = [replace(scripted.parallel(id, pattern, answers=pattern), scores=()) for id, pattern in (("a", "wwwr"),)]
+    drafts = tuple(replace(d, turn=2, parents=(0, 1, 2)) if d.index == 3 else d for d in tree[0].drafts)
+    chain = [replace(scripted.parallel("a", "wwwr"), drafts=drafts)]
+    assert values.num_answers(chain) == 4
+    kept = replace(chain[0], drafts=(*drafts[:3], replace(drafts[3], kept=True)))
+    assert values.num_answers([kept]) == 3 and values.num_answers([*chain, kept]) == 4
+    # votes of two are wrong, of four right
+    votes = [scripted.parallel("a", "wrrr", answers="1222")]
+    found = ceilings(chain, votes)
+    assert found and found.refinement_gap and found.refinement_gap.value == 0
+    few = ceilings(chain, [scripted.parallel("a", "wrr", answers="122")])
+    assert few and few.refinement_gap is None
+
+
 @given(st.lists(st.text("rw", min_size=5, max_size=5), min_size=1, max_size=4), st.integers(1, 5))
 def test_pass_at_k_agrees_with_brute_force(rows: list[str], k: int):
     shares = [[("r" in subset) for subset in combinations(row, k)] for row in rows]
@@ -196,6 +260,19 @@ def test_drift_worked_by_hand():
     assert found.identical == pytest.approx((1 / 3 + 1 + 0 + 0) / 4)
     # a b c, x, same, p q; u v u v w, x x x, k l m, o p q: 14 different words of 21; bigrams ab bc pq uv uv
     assert found.distinct == (pytest.approx(14 / 21), pytest.approx(4 / 5), 1)
+
+
+def test_the_length_of_an_answer_is_its_own():
+    # at an endpoint: an answer of 12 tokens, a critique of 200, then an answer of 9 that follows it, or the kept one
+    def told(index: int, turn: int, parents: tuple[int, ...], tokens: int, **how: Any) -> Draft:
+        return Draft(index, turn, parents, "text", (), (), "stop", 5, 0, num_tokens_told=tokens, **how)
+
+    asked = (told(0, 1, (), 12), told(1, 1, (0,), 200, kind="critique"))
+    refined = Attempt(Prompt("a", "?"), (*asked, told(2, 2, (0, 1), 9)))
+    kept = Attempt(Prompt("b", "?"), (*asked, told(2, 2, (0, 1), 0, kept=True), told(3, 3, (2,), 0, kept=True)))
+    chain = [replace(a, scores=(Score(1.0, True),) * len(a.drafts)) for a in answers([refined, kept])]
+    assert [[draft.num_tokens for draft in attempt.drafts] for attempt in chain] == [[12, 209], [12, 200, 0]]
+    assert [drift([attempt]).length_last for attempt in chain] == [9, 12]
 
 
 def test_an_endpoint_without_logprobs_has_no_entropy():
@@ -226,7 +303,7 @@ def test_without_a_verifier_only_texts_tokens_and_rewards_are_left():
     unjudged = replace(judged, chain=silent(CHAIN), parallel=silent(PARALLEL))
     known, found = (model_study(one, one, one) for one in (judged, unjudged))
     assert known.judged and not found.judged
-    nulls = ("gain", "direct_gain", "ceilings", "control", "excess", "progress")
+    nulls = ("gain", "direct_gain", "direct_p", "ceilings", "control", "excess", "progress")
     assert all(getattr(known, name) is not None and getattr(found, name) is None for name in nulls)
     assert all(getattr(known, name) and getattr(found, name) == () for name in ("tests", "paths", "costs", "stops"))
     assert found.drift == known.drift.model_copy(update={"pass_large": None})

@@ -83,6 +83,30 @@ def test_votes_need_as_many_answers_as_turns():
     assert none.vote is None
 
 
+def test_a_vote_is_of_as_many_answers_as_a_chain_has():
+    # two proposals and an answer behind them: three answers in two turns
+    wide = scripted.parallel("0", "wwr")
+    chain = replace(wide, drafts=(*wide.drafts[:2], replace(wide.drafts[2], turn=2, parents=(0, 1))))
+    run = Run(0, "m", [chain], [scripted.parallel("0", "wrr", answers="122")])
+    row = compare({"a": [run], "b": [run]}).arms[0]
+    assert row.turns == 2 and row.vote and row.vote.value == 1  # of two, the first answer would win
+
+
+def test_answers_that_could_not_be_judged_are_left_out_in_pairs():
+    def lost(attempt: Attempt) -> Attempt:
+        return replace(attempt, scores=(attempt.scores[0], replace(attempt.scores[1], value=math.nan, right=False)))
+
+    old, new = chains(["rr"] * 10), [*chains(["rr"] * 2), *map(lost, chains(["rr"] * 10)[2:])]
+    found = compare({"old": [Run(0, "m", old)], "new": [Run(0, "m", new)]})
+    last = contrast(found, "last turn")
+    assert (last.difference.value, last.difference.n, last.p_value) == (0, 2, 1)
+    assert (found.arms[1].last.value, found.arms[1].last.n, found.arms[1].first.n) == (1, 2, 10)
+    # no prompt is judged in both: nothing is said of its last turns
+    other = [*map(lost, chains(["rr"] * 10)[:2]), *chains(["rr"] * 10)[2:]]
+    apart = compare({"old": [Run(0, "m", new)], "new": [Run(0, "m", other)]})
+    assert [row.what for row in apart.contrasts] == ["first turn"]
+
+
 def flipped(patterns: Sequence[str], share: float, seed: int) -> list[str]:
     """Another training of the same arm: some last turns differ."""
     other = np.random.default_rng(seed).random(len(patterns)) < share
@@ -103,6 +127,24 @@ def test_several_seeds_are_resampled_over_seeds_and_prompts():
     assert single.difference.how == "bootstrap over prompts"
 
 
+def test_the_smallest_p_of_the_bootstrap_is_told_as_an_upper_end():
+    old, new = ([Run(seed, "m", chains([way] * 6)) for seed in (0, 1)] for way in ("ww", "wr"))
+    first, last, gain, _ = compare({"old": old, "new": new}).contrasts
+    assert (first.p_value, first.at_most) == (1, False)
+    # no resample of 10,000 is on the far side: p is at most 2 / 10,001, and four times that after Holm's correction
+    assert (last.p_value, last.at_most) == (pytest.approx(2 / 10_001), True)
+    assert (last.p_holm, gain.p_holm) == (pytest.approx(8 / 10_001), pytest.approx(8 / 10_001))
+
+
+def test_a_family_of_many_arms_still_tells_the_plainest_difference(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stats, "NUM_RESAMPLES", 100)  # 12 contrasts: 12 * 2 / 101 would be 0.24
+    ways = {"old": "ww", "a": "wr", "b": "wr", "c": "wr"}
+    arms = {name: [Run(seed, "m", chains([way] * 6)) for seed in (0, 1)] for name, way in ways.items()}
+    found = compare(arms, against="old")
+    assert contrast(found, "last turn").p_holm < 0.02
+    assert contrast(found, "last turn").p_value == stats.least_p(1_200)
+
+
 def test_arms_with_other_numbers_of_seeds_are_compared_too():
     old = [Run(seed, "m", chains(flipped(OLD, 0.1, seed))) for seed in range(3)]
     found = compare({"old": old, "new": [Run(0, "m", chains(NEW))]})
@@ -120,10 +162,9 @@ def test_runs_may_have_prompts_of_their_own_where_both_arms_have_them():
     assert found.n == 60
     last = contrast(found, "last turn").difference
     assert (last.value, last.n) == (pytest.approx(17 / 30), 60)
-    # two runs of 30 prompts each tell as much as one of 60; drawing a run twice leaves its prompts alone, so the
-    # interval is wider, by sqrt(1.5) with two runs
+    # two equal runs of 30 prompts each tell as much as one of 60: a run that is drawn twice has new prompts each time
     alone = stats.mean([1.0] * 34 + [0.0] * 26)
-    assert last.high - last.low == pytest.approx(1.5**0.5 * (alone.high - alone.low), rel=0.1)
+    assert last.high - last.low == pytest.approx(alone.high - alone.low, rel=0.1)
 
 
 def test_equal_seeds_with_other_prompts_are_no_pairs():

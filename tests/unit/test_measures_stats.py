@@ -93,6 +93,50 @@ def test_runs_with_prompts_of_their_own_weigh_the_same():
     assert (found.value, found.n, found.how) == (0.5, 10, "bootstrap over seeds and prompts")
 
 
+def own_prompts(values: np.ndarray) -> np.ndarray:
+    """(R, P) as a table in which no prompt has a value in two runs."""
+    num_runs, num_prompts = values.shape
+    table = np.full((num_runs, num_runs, num_prompts), np.nan)
+    table[np.arange(num_runs), np.arange(num_runs)] = values
+    return table.reshape(num_runs, -1)
+
+
+def test_the_interval_over_runs_with_prompts_of_their_own_holds_the_truth(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stats, "NUM_RESAMPLES", 1_000)
+    rng, held = np.random.default_rng(2), 0
+    for seed in range(500):  # three trainings that differ by 2.5 points; the error of a share is 3.5
+        chances = np.clip(0.6 + 0.025 * rng.standard_normal((3, 1)), 0, 1)
+        found = stats.mean(own_prompts((rng.random((3, 200)) < chances).astype(float)), seed)
+        held += found.low <= 0.6 <= found.high
+    assert 0.93 <= held / 500 <= 0.97
+
+
+def test_runs_with_prompts_of_their_own_and_no_difference_between_them():
+    # three equal runs, 40 of 100 right in each: the error is that of 120 of 300, sqrt(0.24 / 300) = 0.0283
+    found = stats.mean(own_prompts(np.tile(np.arange(100) < 40, (3, 1)).astype(float)))
+    assert (found.low, found.high) == pytest.approx((0.4 - 0.0554, 0.4 + 0.0554), abs=0.006)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_run_without_a_drawn_prompt_is_not_wrong(own: bool):
+    values = own_prompts(np.ones((3, 2)))
+    if not own:  # the first prompt is shared, so that runs and prompts are crossed
+        values[:, 0] = 1
+    found = stats.mean(values)
+    assert (found.value, found.low, found.high) == (1, 1, 1)
+
+
+def test_unpaired_arms_may_have_prompts_of_their_own():
+    first, last = own_prompts(np.zeros((2, 5))), own_prompts(np.ones((2, 5)))
+    found, p = stats.difference(first, last)
+    assert (found.value, found.low, found.high, p) == (1, 1, 1, stats.least_p(10_000))
+
+
+def test_more_resamples_for_a_large_family():
+    assert (stats.resamples_for(68), stats.resamples_for(760)) == (10_000, 76_000)
+    assert 760 * stats.mean_and_p([1.0] * 10, num_resamples=76_000)[1] < 0.05
+
+
 def test_runs_that_differ_widen_the_interval():
     same = np.tile(np.arange(100) % 2, (3, 1)).astype(float)
     apart = same.copy()

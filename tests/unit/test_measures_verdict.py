@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import scripted
 from scripted import Habit
 
+from upturn.config import plugin
 from upturn.evaluation.advice import advice
 from upturn.evaluation.assemble import Measured, model_study, study
 from upturn.evaluation.stats import Estimate
 from upturn.evaluation.study import ModelStudy, PassAt, Progress, Verdict
-from upturn.evaluation.summary import Summary, TrainingRow
+from upturn.evaluation.summary import Summary, TrainingRow, measure
 from upturn.evaluation.verdicts import MIN_FLIPS, verdict
-from upturn.types import Attempt
+from upturn.lab.bench import Bench
+from upturn.lab.lab import Attempts, Options
+from upturn.lab.store import Store
+from upturn.types import Attempt, to_json
 
 SEEDS = range(20)
 
@@ -82,6 +88,40 @@ def test_few_flips_prove_nothing():
     assert MIN_FLIPS == 9  # 2 * 2^-9 = 0.0039
     assert judged(Measured("m", 0, counted(w2r=5, r2w=3, right=10, wrong=10))).kind == "unclear"
     assert "only 8 of 28 prompts changed sides" in judged(Measured("m", 0, counted(5, 3, 10, 10))).sentence
+
+
+def test_five_flips_are_no_hint():
+    # the bootstrap of 4 or 5 flips in one direction leaves 0 out, which no exact test confirms
+    for flips in (4, 5):
+        chains = counted(w2r=flips, right=150, wrong=150 - flips)
+        found = model_study(Measured("m", 0, chains))
+        assert found.gain and found.gain.low > 0
+        assert "hint" not in judged(Measured("m", 0, chains)).sentence
+        assert f"only {flips} of 300 prompts changed sides" in judged(Measured("m", 0, chains)).sentence
+    assert "a hint and no proof (p = 0.031" in judged(Measured("m", 0, counted(w2r=6, right=150, wrong=144))).sentence
+
+
+@pytest.mark.parametrize(("flips", "n", "kind"), [(1, 1, "unclear"), (6, 300, "unclear"), (8, 300, "unclear"),
+                                                  (9, 300, "answers")])  # fmt: skip
+def test_a_better_first_turn_is_tested(flips: int, n: int, kind: str):
+    # turn 1 of so many prompts went from wrong to right, of none back: p = 2 * 2^-flips
+    base = [scripted.chain(str(place), "ww") for place in range(n)]
+    chains = [scripted.chain(str(place), "rr" if place < flips else "ww") for place in range(n)]
+    found = model_study(Measured("m", 1, chains), Measured("base", 0, base))
+    assert found.direct_p == pytest.approx(min(1, 2 * 0.5**flips)) and found.base == "base"
+    assert judged(Measured("m", 1, chains), Measured("base", 0, base)).kind == kind
+
+
+def test_nothing_that_could_be_judged_is_no_harm():
+    # turn 1 right, turn 2 judged in one of 20
+    chains = counted(right=20)
+    silent = [replace(a, scores=(a.scores[0], replace(a.scores[1], value=math.nan, right=False))) for a in chains[1:]]
+    siblings = [scripted.parallel(attempt.prompt.id, "rr") for attempt in chains]
+    found = model_study(Measured("m", 0, [chains[0], *silent], siblings))
+    assert found.gain and found.excess and found.control
+    assert (found.gain.points, found.gain.n, found.excess.value, found.excess.n) == (0, 1, 0, 1)
+    assert (found.control.points, found.control.n) == (0, 20)
+    assert judged(Measured("m", 0, [chains[0], *silent], siblings)).kind == "unclear"
 
 
 def test_a_hint_is_no_proof():
@@ -212,7 +252,25 @@ def test_a_gamed_scorer_is_a_no():
     found, reasons = go_on(after(-0.01, reward=0.3), trained(400, 380))
     assert found == "no"
     assert "rates the last turn higher by +0.30 (+0.28 to +0.32)" in reasons
+    assert "by the verifier it gained +1.0 points at most: it is being gamed" in reasons
     assert "gamed" not in go_on(after(0.05, reward=0.3), trained(400, 380))[1]
+
+
+@pytest.mark.parametrize(("last", "width", "gamed"), [(0.0, 0.019, True), (-0.01, 0.04, False), (0.01, 0.005, False)])
+def test_a_scorer_is_gamed_where_no_worthwhile_gain_is_left(last: float, width: float, gamed: bool):
+    # an interval up to +1.9, to +3, and one of a small gain, +0.5 to +1.5
+    assert ("gamed" in go_on(after(last, width=width, reward=0.3), trained(400, 380))[1]) == gamed
+
+
+def test_the_smallest_change_that_would_be_seen():
+    # 2.8 standard errors; the half width of an interval is 1.96
+    assert "a change of 5.7 points is seen four times in five" in go_on(after(0.01, width=0.04), [])[1]
+    models = after(0.01, width=0.04)
+    assert models[1].progress
+    for told in ({"n": 29}, {"low": 0.0, "high": 0.0}):
+        last = models[1].progress.last.model_copy(update=told)
+        model = models[1].model_copy(update={"progress": models[1].progress.model_copy(update={"last": last})})
+        assert "four times in five" not in go_on([models[0], model], [])[1]
 
 
 def test_one_model_gives_no_advice():
@@ -240,6 +298,44 @@ def test_a_study_knows_base_and_predecessor():
     assert found.verdict and found.verdict.kind == "refines"
     assert found.advice and (found.name, found.seed) == ("run", 3)
     assert study(summary, []).verdict is None
+
+
+def test_a_corrector_is_compared_behind_the_same_upstream_model():
+    # it copies whatever it is shown, before and after; upstream 2 is right 10 times of 100, the other 60 times
+    behind = {"small": counted(right=10, wrong=90, copied=True), "large": counted(right=60, wrong=40, copied=True)}
+    rows = [
+        (f"{label} behind {name}", place, name) for place, label in enumerate(["base", "corrector"]) for name in behind
+    ]
+    summary = Summary(
+        upturn="0", recipe="aligner", name="run", model="tiny", task="carry", seed=0, status="finished", turns=2,
+        training=tuple(trained(400)),
+        measurements=tuple(
+            measure(label, place, behind[name]).model_copy(update={"upstream": name}) for label, place, name in rows
+        ),
+    )  # fmt: skip
+    found = study(summary, [Measured(label, place, behind[name]) for label, place, name in rows])
+    assert [model.base for model in found.models] == [None, None, "base behind small", "base behind large"]
+    last = found.models[-1]
+    assert last.direct_gain and last.progress and found.verdict and found.advice
+    assert (last.direct_gain.points, last.direct_p, last.progress.before) == (0, 1, "base behind large")
+    assert found.verdict.kind == "copies"
+    assert "against base behind large" in " ".join(found.advice.reasons)
+
+
+@pytest.mark.parametrize(("verifier", "precision"), [("none", None), ("match", 0.0)])
+def test_pairs_that_no_verifier_judged_have_no_precision(verifier: str, precision: float | None, tmp_path: Path):
+    rows = [{"id": str(place), "prompt": f"Which {place}?", "answer": "yes"} for place in range(4)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"name": "data", "data": str(tmp_path / "data.jsonl"), "verifier": verifier}
+    summary = Summary(upturn="0", recipe="x", name="x", model="x", task="data", seed=0, status="running", turns=2)
+    bench = Bench(tmp_path, Store(tmp_path / "store"), plugin("tasks", data), Options(), 0, summary)
+    # rewarded, and by the verifier wrong, or not judged at all
+    asked = [replace(scripted.chain(prompt.id, "ww"), prompt=prompt) for prompt in bench.prompts("train", 0, 2)]
+    scored = [scripted.rewarded(attempt, 0.1, 0.9) for attempt in asked]
+    (tmp_path / "drafts.jsonl").write_text("".join(json.dumps(to_json(attempt)) + "\n" for attempt in scored))
+    made = Attempts("key", tmp_path / "drafts.jsonl", 2)
+    chosen = bench.select(made, plugin("selection", "best_vs_worst"), "iteration 1")
+    assert (chosen.count, chosen.label_precision) == (2, precision)
 
 
 def test_a_run_that_no_verifier_judged_has_no_verdict_no_advice_and_no_precision():

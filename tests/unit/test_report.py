@@ -299,7 +299,31 @@ def test_a_draft_without_a_judgement_among_others_is_not_called_wrong(tmp_path: 
     [half] = chains(1, 0, 0)
     page = page_of(tmp_path, replace(half, scores=(Score(math.nan, False), Score(1.0, True))))
     assert re.findall(r'class="verdict">(.*?)<', page) == ["– not judged", "✓ right"]
-    assert 'data-kind="fixed" data-path="nr"' in page  # it counts as wrong, as in the accuracy
+    assert 'data-kind="" data-path="nr"' in page
+    # it takes no place of another, and is among all of them
+    unknown = replace(half, scores=(Score(math.nan, False), Score(1.0, True)))
+    [row] = drafts.shelf([("base", [unknown, *chains(9, 0, 0)])], "keywords").tally.rows
+    assert [cell.text for cell in row][1:] == ["9 of 9", "0 of 0", "0 of 0", "0 of 0", "10 of 10"]
+
+
+def test_a_kind_compares_the_answers_of_the_first_and_the_last_turn():
+    made, wrong, right = chain("a", True, True, True, True), Score(0.0, False), Score(1.0, True)
+
+    def kind(turns: Sequence[int], scores: Sequence[Score]) -> str:
+        several = tuple(replace(draft, turn=turn) for draft, turn in zip(made.drafts, turns, strict=True))
+        return drafts.kind_of(replace(made, drafts=several, scores=tuple(scores)))
+
+    # a star is judged by the first of its refinements, two chains by the first one
+    assert kind([1, 2, 2, 2], [wrong, wrong, right, right]) == "missed"
+    assert kind([1, 2, 2, 2], [wrong, right, wrong, wrong]) == "fixed"
+    assert kind([1, 1, 2, 2], [wrong, right, wrong, right]) == "missed"
+    assert kind([1, 1, 2, 2], [right, wrong, right, wrong]) == "kept"
+
+
+def test_a_page_tells_the_turns_that_were_measured(tmp_path: Path):
+    runs = [chains(5, 5, 90)]
+    page = write_page(run_folder.write(tmp_path, summary_of(*runs, turns=4), runs)).read_text()
+    assert "<dt>turns</dt><dd>2</dd>" in page
 
 
 def test_a_page_says_that_tokens_are_unknown(tmp_path: Path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 import run_folder
@@ -17,6 +20,7 @@ from upturn.errors import RunError
 from upturn.evaluation.compare import Comparison
 from upturn.evaluation.study import Study
 from upturn.report import arms, read
+from upturn.report import comparison as pages
 from upturn.types import Attempt
 
 
@@ -110,6 +114,55 @@ def test_the_curve_of_an_arm_is_the_mean_of_its_runs(arm_runs: list[Path]):
     assert (curve.fixed.value, curve.broken.value) == pytest.approx((0.30, 0.025))
     assert curve.accuracy[0].how == "bootstrap over seeds and prompts"
     assert curve.tokens == (2, 4)
+
+
+def page_of(found: dict[str, list[Path]], output: Path) -> str:
+    named = [f"{name}={','.join(map(str, runs))}" for name, runs in found.items()]
+    page, *_ = reports.side_by_side([], named, None, output)
+    return unescape(re.sub("<[^>]*>", "", page.read_text()))
+
+
+def test_a_page_says_how_far_few_seeds_can_be_trusted(arm_runs: list[Path], tmp_path: Path):
+    first, second, plain = arm_runs
+    several = page_of({"plain": [plain], "good": [first, second]}, tmp_path / "several.html")
+    assert pages.FEW_SEEDS in several and "≤" in several
+    assert "share their prompts, runs and prompts are drawn again" in several
+    assert "has prompts of its own, runs are drawn again, and then prompts within each drawn run" in several
+    assert pages.FEW_SEEDS not in page_of({"plain": [plain], "good": [first]}, tmp_path / "single.html")
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    return importlib.import_module(name)
+
+
+def test_the_table_of_arms_never_tells_a_p_of_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # last turns: 5 of 100 right against 98: 93 flips in one direction
+    runs = {"old": chains(5, 95, 0), "new": chains(93, 0, 7), "same": chains(5, 95, 0)}
+    folders = {name: [a_run(tmp_path / name, attempts)] for name, attempts in runs.items()}
+    rows = script("arms_table", monkeypatch).table(folders).splitlines()
+    assert [row.split(" | ")[-1] for row in rows[2:]] == [" |", "<0.001 |", "1.000 |"]
+
+
+def test_the_table_of_arms_tells_the_smallest_p_as_an_upper_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ways = {"old": chains(0, 9, 0), "a": chains(9, 0, 0), "b": chains(9, 0, 0)}
+    folders = {
+        name: [a_run(tmp_path / f"{name}-{seed}", attempts, seed) for seed in (0, 1)] for name, attempts in ways.items()
+    }
+    rows = script("arms_table", monkeypatch).table(folders).splitlines()
+    # eight contrasts, all at 2 / 10,001
+    assert rows[-1].endswith("| +100.0 (+100.0 to +100.0) | ≤0.002 |")
+
+
+def test_pooled_tables_have_the_turns_that_were_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for seed in (0, 1):  # four drafts in two turns
+        run_folder.write(tmp_path / str(seed), summary_of(chains(5, 1, 4), turns=4), [chains(5, 1, 4)])
+    script("pool", monkeypatch).main([str(tmp_path / "0"), str(tmp_path / "1")])
+    head, _, base, *_ = capsys.readouterr().out.splitlines()
+    assert head.startswith("| model | turn 1 | turn 2 | gain")
+    assert base.startswith("| base | 50.0 | 90.0 | +40.0 (") and base.endswith("| 10 | 2 |  |")
 
 
 def test_a_run_without_measurements_cannot_be_compared(tmp_path: Path, arm_runs: list[Path]):

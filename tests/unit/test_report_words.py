@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from run_folder import LABELS, chains, summary_of
+from run_folder import LABELS, chain, chains, summary_of
 
 from upturn.evaluation import assemble
 from upturn.evaluation.assemble import Measured
 from upturn.evaluation.study import Path as Way
-from upturn.report import drawing, flow, terminal
+from upturn.report import drawing, flow, tables, terminal, turn_tables
 from upturn.report.diff import word_diff
 from upturn.report.formats import duration, listing, memory, p_value
 from upturn.types import Score
@@ -67,9 +68,28 @@ def test_the_terminal_shows_the_turns_of_every_model():
     text = shown_in(120, terminal.turn_table(summary))
     for label in LABELS:
         assert label in text
-    # 98 of 100 right: Wilson 93.0 to 99.4, half of it 3.2
-    assert "98.0" in text and "±3.2" in text and "+28.0" in text and "−18.0" in text
-    assert max(len(line) for line in text.splitlines()) <= 80  # an ordinary terminal shows it whole
+    # 98 of 100 right: Wilson 93.0 to 99.4
+    assert "98.0" in text and "93.0–99.4" in text and "+28.0" in text and "−18.0" in text
+
+
+def test_the_terminal_shows_the_ends_of_the_intervals():
+    # 0 of 30: Wilson 0 to z² / (30 + z²) = 11.4; 30 of 30: the mirror image; 15 of 30: 33.2 to 66.8
+    rows = [chain(str(place), False, place < 15, True, True) for place in range(30)]
+    measured = summary_of(rows).measurements[0].model_copy(update={"label": "iteration 10"})
+    summary = summary_of(rows, measurements=(measured,))
+    text = shown_in(80, terminal.turn_table(summary))
+    first, second = [line.split() for line in text.splitlines() if "0.0 " in line or "11.4" in line]
+    assert first == ["iteration", "10", "0.0", "50.0", "100.0", "100.0", "+100.0", "30", "0%"]
+    assert second == ["0.0–11.4", "33.2–66.8", "88.6–100", "88.6–100", "100.0", "to", "100.0", "0"]
+
+
+def test_four_turns_fit_an_ordinary_terminal():
+    rng = np.random.default_rng(0)
+    rights = rng.random((2000, 4)) < (0.6, 0.5, 0.4, 0.3)
+    rows = [chain(str(place), *map(bool, row)) for place, row in enumerate(rights)]
+    measured = summary_of(rows).measurements[0].model_copy(update={"label": "iteration 10"})
+    text = shown_in(200, terminal.turn_table(summary_of(rows, measurements=(measured,))))
+    assert "iteration 10" in text and max(len(line) for line in text.splitlines()) <= 80
 
 
 def test_the_terminal_says_that_no_verifier_judged():
@@ -77,9 +97,17 @@ def test_the_terminal_says_that_no_verifier_judged():
     text = shown_in(120, terminal.turn_table(summary_of(silent)))
     assert "small: no verifier judged these answers" in text and "right answers" not in text
     [row] = [line for line in text.splitlines() if "base" in line]
-    assert row.split() == ["base", *"––––––"]  # two turns, gain, flips, copies
+    assert row.split() == ["base", *"–––––"]  # two turns, gain, flips, copies
     study = assemble.study(summary_of(silent), [Measured("base", 0, silent)])
     assert terminal.verdict(study).startswith("No verifier judged these answers; ")
+
+
+def test_the_share_of_a_turn_rests_on_the_answers_that_could_be_judged():
+    right, wrong, unknown = chains(1, 0, 0) + chains(0, 1, 0) + chains(1, 0, 0)
+    silent = replace(unknown, scores=(Score(math.nan, False),) * 2)
+    row = summary_of([right, wrong, silent]).measurements[0].turns[1]
+    assert (tables.turn(row).text, tables.turn(row).about) == ("50.0%", "n = 2, Wilson")
+    assert tables.rests_on([row]) == "n = 2 prompts. 95% intervals: Wilson."
 
 
 def test_the_terminal_diff_does_not_depend_on_colour():
@@ -100,6 +128,18 @@ def test_durations_read_easily(seconds: float, text: str):
 @pytest.mark.parametrize(("p", "text"), [(0.031, "0.031"), (1.0, "1.000"), (2.4e-11, "2·10⁻¹¹"), (0.0, "<10⁻⁹⁹")])
 def test_small_p_values_read_easily(p: float, text: str):
     assert p_value(p) == text
+
+
+def test_a_p_value_that_the_bootstrap_cannot_tell_is_an_upper_end():
+    assert (p_value(2 / 10_001, at_most=True), p_value(0.0136, at_most=True)) == ("≤2·10⁻⁴", "≤0.014")
+
+
+def test_paths_of_chains_that_ended_early_do_not_claim_every_turn():
+    whole = [chain("a", True, True), chain("b", False, True)]
+    early = [*whole, chain("c", True)]
+    notes = [turn_tables.paths(assemble.study(summary_of(rows), [Measured("base", 0, rows)]).models[0]).note
+             for rows in (whole, early)]  # fmt: skip
+    assert notes == ["n = 2 prompts, all with every turn.", "n = 3 prompts; a path ends where its chain ended."]
 
 
 def test_memory_and_lists_read_easily():

@@ -11,9 +11,21 @@ from hypothesis import strategies as st
 
 from upturn._model import Strict
 from upturn.errors import RunError
+from upturn.evaluation import stats
 from upturn.evaluation import summary as summaries
 from upturn.evaluation.summary import Summary, TrainingRow, measure
-from upturn.evaluation.turns import gain, judged, majority, pass_at_k, pooled_gain, transitions, turn_table
+from upturn.evaluation.turns import (
+    LEAST_FLIPS,
+    gain,
+    judged,
+    majority,
+    pass_at_k,
+    pass_chance,
+    pooled_gain,
+    transitions,
+    turn_table,
+    vote,
+)
 from upturn.types import Attempt, Draft, Prompt, Score
 
 QUALITY: Any = {"label_precision": 0.9, "chosen_earlier": 0.2}
@@ -60,9 +72,11 @@ def test_turn_table_worked_by_hand():
     first, second = turn_table([chain("a", False, True), chain("b", False, True), copy])
     assert (first.turn, first.n, first.accuracy, first.tokens) == (1, 3, 1 / 3, 3 + 3 + 2)
     assert (first.prompt_tokens, first.cached_tokens, first.copied) == (30, 0, None)
-    assert (second.accuracy, second.tokens, second.copied) == (2 / 3, 3 + 3 + 5, 1 / 3)
+    # the draft without a judgement is left out
+    assert (first.unjudged, second.n, second.unjudged, second.accuracy) == (0, 3, 1, 1.0)
+    assert (second.tokens, second.copied) == (3 + 3 + 5, 1 / 3)
     assert (second.prompt_tokens, second.cached_tokens) == (60, 30)
-    assert (first.mean_score, second.mean_score) == (1 / 3, 1.0)  # the draft without a judgement is left out
+    assert (first.mean_score, second.mean_score) == (1 / 3, 1.0)
 
 
 def test_wilson_interval_worked_by_hand():
@@ -89,6 +103,50 @@ def test_mcnemar_worked_by_hand():
     assert (row.wrong_to_right, row.right_to_wrong, row.stayed_right, row.stayed_wrong) == (12, 1, 20, 7)
     assert row.p_value == pytest.approx(28 / 8192)
     assert row.detectable == pytest.approx(25.239, abs=1e-3)
+
+
+def test_too_few_flips_detect_nothing():
+    # 2 * 2^-5 = 0.0625, 2 * 2^-6 = 0.03125
+    assert LEAST_FLIPS == 6 and stats.mcnemar(5, 0) > 0.05 > stats.mcnemar(6, 0)
+    few = [transitions(chains(better, worse, 290, 0))[0] for better, worse in [(0, 0), (3, 0), (3, 2)]]
+    assert [row.detectable for row in few] == [None, None, None]
+    assert transitions(chains(4, 2, 294, 0))[0].detectable == pytest.approx(280 * 6**0.5 / 300)
+
+
+def lost(attempt: Attempt, *turns: int) -> Attempt:
+    """As if the verifier could not judge these turns."""
+    scores = [(turn in turns, score) for turn, score in enumerate(attempt.scores, 1)]
+    return replace(attempt, scores=tuple(replace(s, value=math.nan, right=False) if gone else s for gone, s in scores))
+
+
+def test_an_answer_that_could_not_be_judged_is_not_wrong():
+    # turn 1 right in all of 20; turn 2 judged in the first two only
+    attempts = [lost(chain(str(place), True, True), *((2,) if place > 1 else ())) for place in range(20)]
+    [row] = transitions(attempts)
+    assert (row.n, row.stayed_right, row.right_to_wrong, row.p_value) == (2, 2, 0, 1)
+    found = gain(attempts, 1, 2)
+    assert (found.points, found.n) == (0, 2)
+    assert [(turn.accuracy, turn.unjudged) for turn in turn_table(attempts)] == [(1, 0), (1, 18)]
+    assert transitions(attempts[2:]) == []
+    with pytest.raises(ValueError, match="judged at both"):
+        gain(attempts[2:], 1, 2)
+
+
+def test_votes_and_chances_leave_out_what_could_not_be_judged():
+    one = parallel(("7", True), ("7", True), ("5", False))
+    assert math.isnan(vote(lost(one, 1).scores))  # the first draft that gave the winner
+    assert (vote(lost(one, 2, 3).scores), vote(one.scores)) == (1, 1)
+    row = majority([one, lost(one, 1, 2, 3)])
+    assert (row.n, row.accuracy, row.oracle) == (1, 1, 1)
+    assert pass_chance(lost(one, 1), 1) == 1 / 2  # one right of two judged
+    assert math.isnan(pass_chance(lost(one, 1), 3)) and pass_at_k([one, lost(one, 1)], 3) == 1
+
+
+def test_a_chain_that_ended_early_keeps_its_answer():
+    attempts = [chain("a", True), chain("b", False, True), chain("c", False, False, True)]
+    rows = {(row.first, row.last): row for row in transitions(attempts)}
+    assert [(row.n, row.wrong_to_right, row.stayed_right) for row in rows.values()] == [(3, 1, 1), (3, 2, 1), (3, 1, 2)]
+    assert gain(attempts, 1, 3).points == pytest.approx(200 / 3)
 
 
 def test_mcnemar_agrees_with_statsmodels():
@@ -151,7 +209,7 @@ def test_pooled_gain_is_the_mean_over_runs_and_knows_that_runs_differ():
 
 
 def test_a_gain_without_prompts_is_refused():
-    with pytest.raises(ValueError, match="no prompt with both turn 1 and turn 2"):
+    with pytest.raises(ValueError, match="no prompt judged at both turn 1 and turn 2"):
         gain([chain("a", True)], 1, 2)
 
 

@@ -16,6 +16,10 @@ from upturn.evaluation.summary import TrainingRow
 
 WORTH = 0.02
 """A gain of the last turn, as a share, that an iteration should be able to reach: two points."""
+POWER = 2.8 / 1.96
+"""The change found with 80 % power over the half width of its 95 % interval."""
+MIN_PROMPTS = 30
+"""Prompts below which the width of an interval does not say what would be found."""
 ALIKE = 0.5
 """Share of identical pairs of direct answers from which there is little left to choose from."""
 COLLAPSE = 0.5
@@ -33,7 +37,8 @@ def advice(models: Sequence[ModelStudy], training: Sequence[TrainingRow]) -> Adv
     if len(models) < 2 or models[-1].progress is None:
         return None
     progress = models[-1].progress
-    warnings = [*_warnings_of_models(models[-2], models[-1], progress), *_warnings_of_training(training)]
+    before = next((model for model in models[:-1] if model.label == progress.before), models[-2])
+    warnings = [*_warnings_of_models(before, models[-1], progress), *_warnings_of_training(training)]
     hacked = list(_hacking(progress))
     reasons = [_last_turn(progress), _refinement(progress), *hacked, *warnings]
     return Advice(go_on=_decide(progress, len(warnings), bool(hacked)), reasons=tuple(reasons))
@@ -54,9 +59,15 @@ def _last_turn(progress: Progress) -> str:
         case -1:
             return f"The last turn got worse: {_points(progress.last, progress)}."
         case _:
-            least = 100 * (progress.last.high - progress.last.low) / 2
-            seen = f"so many prompts show changes from about {least:.1f} points on"
-            return f"The last turn hardly moved: {_points(progress.last, progress)}; {seen}."
+            return f"The last turn hardly moved: {_points(progress.last, progress)}{_seen(progress.last)}."
+
+
+def _seen(change: Estimate) -> str:
+    """The change that four of five runs with so many prompts would show; '' where an interval cannot tell it."""
+    least = 100 * POWER * (change.high - change.low) / 2
+    if change.n < MIN_PROMPTS or not least:
+        return ""
+    return f"; with so many prompts a change of {least:.1f} points is seen four times in five"
 
 
 def _refinement(progress: Progress) -> str:
@@ -65,10 +76,11 @@ def _refinement(progress: Progress) -> str:
 
 
 def _hacking(progress: Progress) -> Iterator[str]:
-    reward = progress.reward
-    if reward and reward.low > 0 and progress.last.value <= 0:
+    reward, last = progress.reward, progress.last
+    if reward and reward.low > 0 and last.low <= 0 and last.high <= WORTH:
         rates = f"{signed(reward.value, 2)} ({signed(reward.low, 2)} to {signed(reward.high, 2)})"
-        yield f"The training scorer rates the last turn higher by {rates}, the verifier does not: it is being gamed."
+        left = f"by the verifier it gained {signed(100 * last.high)} points at most"
+        yield f"The training scorer rates the last turn higher by {rates}; {left}: it is being gamed."
 
 
 def _warnings_of_models(before: ModelStudy, last: ModelStudy, progress: Progress) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from upturn.errors import RunError
 from upturn.evaluation import stats, values
@@ -15,7 +15,7 @@ from upturn.evaluation.revisions import corrected, paths, revisions
 from upturn.evaluation.stats import Estimate
 from upturn.evaluation.stopping import stops
 from upturn.evaluation.study import ModelStudy, PassAt, Progress, Study
-from upturn.evaluation.summary import Summary, TrainingRow
+from upturn.evaluation.summary import Measurement, Summary, TrainingRow
 from upturn.evaluation.turns import Gain, gain, judged, pass_chance, transitions, turn_table
 from upturn.evaluation.verdicts import verdict
 from upturn.types import Attempt
@@ -35,16 +35,26 @@ class Measured:
     """The chains as the training scorer judged them; None where that is the verifier."""
     parallel_rewards: Sequence[Attempt] | None = None
     """The same of the parallel answers."""
+    rewarded_alone: bool = False
+    """Whether the training scorer judged each draft without a look at the others."""
+    upstream: str = ""
+    """The model whose answers it corrected; '' where it refined its own."""
     kl_start: float | None = None
     kl_previous: float | None = None
 
 
 def study(summary: Summary, measured: Sequence[Measured]) -> Study:
-    """A run as it is shown: its models in the order they were measured, the first one being the base."""
-    models = tuple(
-        model_study(one, measured[0] if place else None, measured[place - 1] if place else None, summary.seed)
-        for place, one in enumerate(measured)
-    )
+    """A run as it is shown: its models in the order they were measured, the first one being the base.
+
+    Behind several upstream models each of them has a base of its own: turn 1 is theirs, and to compare it across them
+    would tell which of them is better.
+    """
+    rows = {row.label: row for row in summary.measurements}
+    known = [_told(one, rows[one.label]) if one.label in rows else one for one in measured]
+    models: list[ModelStudy] = []
+    for place, one in enumerate(known):
+        earlier = [other for other in known[:place] if other.upstream == one.upstream]
+        models.append(model_study(one, *((earlier[0], earlier[-1]) if earlier else (None, None)), summary.seed))
     training = summary.training if not models or models[-1].judged else _without_precision(summary.training)
     return Study(
         name=summary.name,
@@ -53,7 +63,7 @@ def study(summary: Summary, measured: Sequence[Measured]) -> Study:
         task=summary.task,
         seed=summary.seed,
         status=summary.status,
-        models=models,
+        models=tuple(models),
         training=training,
         stages=summary.stages,
         advice=advice(models, training) if training else None,
@@ -61,18 +71,26 @@ def study(summary: Summary, measured: Sequence[Measured]) -> Study:
     )
 
 
+def _told(measured: Measured, row: Measurement) -> Measured:
+    """With what only the summary tells."""
+    return replace(measured, upstream=row.upstream, rewarded_alone=row.rewarded_alone)
+
+
 def model_study(
     model: Measured, base: Measured | None = None, before: Measured | None = None, seed: int = 0
 ) -> ModelStudy:
     """Every measure of one model; `base` is the model before training, `before` the one measured before.
 
-    Controls and comparisons rest on the prompts that both sides have. Raises RunError where nothing was measured.
+    Controls and comparisons rest on the prompts that both sides have; tables of turns on all of the chains. Raises
+    RunError where nothing was measured.
     """
     if not model.chain:
         raise RunError(f"measurement of {model.label}", "It has no attempts.", "Measure it on one prompt or more.")
     flips, turns = transitions(model.chain), turn_table(model.chain)
     ends = turns[0].turn, turns[-1].turn
-    chain, parallel = model.chain, model.parallel
+    chain, parallel = model.chain, values.shared(model.parallel, model.chain)
+    both = values.shared(chain, parallel) if parallel else chain
+    direct_gain, direct_p = _direct_gain(model, base, seed) if base else (None, None)
     found = ModelStudy(
         label=model.label,
         iteration=model.iteration,
@@ -80,15 +98,17 @@ def model_study(
         judged=judged(chain),
         turns=tuple(turns),
         gain=gain(chain, *ends, seed) if ends in {(flip.first, flip.last) for flip in flips} else None,
-        direct_gain=_direct_gain(model, base, seed) if base else None,
+        direct_gain=direct_gain,
+        direct_p=direct_p,
+        base=base.label if base else None,
         tests=corrected(flips),
         revisions=revisions(chain),
         paths=paths(chain),
-        costs=cost_points(chain, parallel, model.parallel_rewards),
+        costs=cost_points(both, parallel, model.parallel_rewards, rewarded_alone=model.rewarded_alone),
         stops=stops(chain),
-        ceilings=ceilings(chain, parallel, model.parallel_rewards, seed),
-        control=resample(chain, parallel, seed),
-        excess=excess(chain, parallel, seed),
+        ceilings=ceilings(both, parallel, model.parallel_rewards, seed),
+        control=resample(both, parallel, seed),
+        excess=excess(both, parallel, seed),
         drift=drift(chain, parallel, model.kl_start, model.kl_previous, model.chain_rewards, seed),
         progress=progress(model, before, seed) if before else None,
     )
@@ -102,12 +122,12 @@ def _unjudged(model: ModelStudy) -> ModelStudy:
         "revisions": tuple(row.model_copy(update=nothing) for row in model.revisions),
         "drift": model.drift.model_copy(update={"pass_large": None}),
     }
-    nulls = {"gain": None, "direct_gain": None, "ceilings": None, "control": None, "excess": None, "progress": None}
-    return model.model_copy(update=left | nulls | {"tests": (), "paths": (), "costs": (), "stops": ()})
+    named = ("gain", "direct_gain", "direct_p", "ceilings", "control", "excess", "progress")
+    return model.model_copy(update=left | dict.fromkeys(named) | {"tests": (), "paths": (), "costs": (), "stops": ()})
 
 
 def _without_precision(training: Sequence[TrainingRow]) -> tuple[TrainingRow, ...]:
-    """Without a verifier no draft is right, so that the share of true labels is 0 and says nothing."""
+    """Summaries of earlier versions have a share of 0 where no verifier judged, which says nothing."""
     return tuple(row.model_copy(update={"label_precision": None}) for row in training)
 
 
@@ -136,6 +156,11 @@ def _change(after: Sequence[Attempt], before: Sequence[Attempt], number: values.
     return stats.mean(differences, seed) if differences else None
 
 
-def _direct_gain(model: Measured, base: Measured, seed: int) -> Gain | None:
-    change = _change(model.chain, base.chain, values.first_right, seed)
-    return as_gain(change, 1, 1) if change else None
+def _direct_gain(model: Measured, base: Measured, seed: int) -> tuple[Gain | None, float | None]:
+    """With McNemar's p, which knows how few flips there may be: a bootstrap of few has too narrow an interval."""
+    after, before = (values.per_prompt(one.chain, values.first_right) for one in (model, base))
+    flips = values.minus(after, before)
+    if not flips:
+        return None, None
+    p_value = stats.mcnemar(sum(flip > 0 for flip in flips), sum(flip < 0 for flip in flips))
+    return as_gain(stats.mean(flips, seed), 1, 1), p_value

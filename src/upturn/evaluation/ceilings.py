@@ -10,7 +10,7 @@ from upturn.evaluation import stats, values
 from upturn.evaluation.controls import can_vote, num_parallel
 from upturn.evaluation.stats import Estimate
 from upturn.evaluation.study import Ceilings, PassAt
-from upturn.evaluation.turns import pass_chance, scores_of, vote
+from upturn.evaluation.turns import pass_chance, right_of, scores_of, vote
 from upturn.types import Attempt
 
 
@@ -24,19 +24,23 @@ def ceilings(
     if not num_parallel(parallel):
         return None
     gap = _verification_gap(parallel, parallel if rewards is None else rewards, seed)
-    room = 1 - fmean(values.per_prompt(parallel, values.mean_right).values())
+    room = 1 - fmean(values.per_prompt(parallel, values.mean_right).values() or [1.0])
+    found = [pass_at(parallel, k, seed) for k in _sizes(num_parallel(parallel))]
     return Ceilings(
-        pass_at=tuple(pass_at(parallel, k, seed) for k in _sizes(num_parallel(parallel))),
+        pass_at=tuple(row for row in found if row),
         verification_gap=gap,
         relative_gap=gap.value / room if gap and room > 0 else None,
         refinement_gap=_refinement_gap(chain, parallel, seed),
     )
 
 
-def pass_at(parallel: Sequence[Attempt], k: int, seed: int = 0) -> PassAt:
-    """pass@k with its interval. Raises ValueError where an attempt has fewer than k drafts."""
+def pass_at(parallel: Sequence[Attempt], k: int, seed: int = 0) -> PassAt | None:
+    """pass@k with its interval; None where no prompt has k drafts that could be judged.
+
+    Raises ValueError where an attempt has fewer than k drafts.
+    """
     chances = values.per_prompt(parallel, lambda attempt: pass_chance(attempt, k))
-    return PassAt(k=k, share=stats.mean(list(chances.values()), seed))
+    return PassAt(k=k, share=stats.mean(list(chances.values()), seed)) if chances else None
 
 
 def _sizes(largest: int) -> list[int]:
@@ -47,15 +51,16 @@ def _sizes(largest: int) -> list[int]:
 def _verification_gap(parallel: Sequence[Attempt], rewards: Sequence[Attempt], seed: int) -> Estimate | None:
     places = {attempt.prompt.id: values.best(scores_of(attempt)) for attempt in rewards}
     judged = [attempt for attempt in parallel if attempt.prompt.id in places]
-    chosen = values.per_prompt(judged, lambda attempt: float(scores_of(attempt)[places[attempt.prompt.id]].right))
+    chosen = values.per_prompt(judged, lambda attempt: right_of(scores_of(attempt)[places[attempt.prompt.id]]))
     differences = values.minus(chosen, values.per_prompt(judged, values.mean_right))
     return stats.mean(differences, seed) if differences else None
 
 
 def _refinement_gap(chain: Sequence[Attempt], parallel: Sequence[Attempt], seed: int) -> Estimate | None:
-    turns = max((draft.turn for attempt in chain for draft in attempt.drafts), default=0)
-    if not can_vote(parallel) or num_parallel(parallel) < turns:
+    """The vote is of as many answers as the chain's model was asked for, which may be more than it has turns."""
+    k = values.num_answers(chain)
+    if not can_vote(parallel) or num_parallel(parallel) < k:
         return None
-    votes = values.per_prompt(parallel, lambda attempt: float(vote(scores_of(attempt)[:turns])))
+    votes = values.per_prompt(parallel, lambda attempt: vote(scores_of(attempt)[:k]))
     differences = values.minus(values.per_prompt(chain, values.last_right), votes)
     return stats.mean(differences, seed) if differences else None

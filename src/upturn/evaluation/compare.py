@@ -1,9 +1,9 @@
 """Several arms on the same prompts: who is better at the first turn, at the last, by refining, and at equal tokens.
 
-Every comparison is paired by prompt. Arms of several seeds are resampled over seeds and prompts as crossed factors: in
-pairs where both arms have the same seeds, else each arm its own. Two single runs are tested by McNemar where answers
-are right or wrong, everything else by the bootstrap; Holm's correction covers all contrasts of the comparison. How far
-few seeds can be trusted stands in docs/measures.md.
+Every comparison is paired by prompt. Arms of several seeds are resampled over seeds and prompts: in pairs where both
+arms have the same seeds, else each arm its own. Two single runs are tested by McNemar where answers are right or wrong,
+everything else by the bootstrap; Holm's correction covers all contrasts of the comparison. How far few seeds can be
+trusted stands in docs/measures.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 from itertools import combinations, pairwise
 from math import nan
 from statistics import fmean
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from upturn.evaluation import stats, values
 from upturn.evaluation.controls import can_vote
 from upturn.evaluation.stats import Estimate
 from upturn.evaluation.summary import Label
-from upturn.evaluation.turns import judged, scores_of, vote
+from upturn.evaluation.turns import right_of, scores_of, vote
 from upturn.types import Attempt
 
 What = Literal["first turn", "last turn", "gain", "last turn at equal tokens"]
@@ -60,7 +60,8 @@ class ArmRow(Strict):
     tokens: float
     """Generated tokens per prompt, all turns together."""
     vote: Estimate | None
-    """Accuracy of the vote of as many direct answers as turns; null where a run has none, or answers cannot vote."""
+    """Accuracy of the vote of as many direct answers as the model was asked for in a chain, proposals among them; null
+    where a run has fewer, or answers cannot vote."""
 
 
 class Contrast(Strict):
@@ -80,6 +81,8 @@ class Contrast(Strict):
     test: Literal["McNemar", "bootstrap"]
     p_holm: float
     """Corrected for all contrasts of the comparison."""
+    at_most: bool
+    """Whether both p are upper ends: no resample lay on the far side of 0, and the bootstrap tells no smaller p."""
 
 
 class Comparison(Strict):
@@ -95,17 +98,18 @@ def compare(arms: Mapping[str, Sequence[Run]], seed: int = 0, against: str | Non
     """Every pair of arms, the earlier one subtracted from the later; with `against`, only the pairs with that arm.
 
     An arm's prompts are those of all its runs, since the problems of some tasks depend on the seed. Raises RunError
-    where there is one arm only, an arm has no runs, a run no attempts or none that a verifier judged, or two arms have
-    other prompts.
+    where there is one arm only, an arm has no runs, a run no attempts or none whose ends a verifier judged, or two arms
+    have other prompts. An answer that could not be judged is left out.
     """
     arms = {name: sorted(runs, key=lambda run: run.seed) for name, runs in arms.items()}
     prompts = _prompts(arms)
     rows = [_arm(name, runs, prompts, seed) for name, runs in arms.items()]
-    pairs = [(against, name) for name in arms if name != against] if against else combinations(arms, 2)
+    pairs = [(against, name) for name in arms if name != against] if against else list(combinations(arms, 2))
+    num_resamples = stats.resamples_for(len(get_args(What)) * len(pairs))
     found = [
         contrast
         for before, after in pairs
-        for contrast in _contrasts((before, arms[before]), (after, arms[after]), prompts, seed)
+        for contrast in _contrasts((before, arms[before]), (after, arms[after]), prompts, seed, num_resamples)
     ]
     adjusted = stats.holm([contrast.p_value for contrast in found])
     contrasts = [c.model_copy(update={"p_holm": p}) for c, p in zip(found, adjusted, strict=True)]
@@ -120,7 +124,7 @@ def _prompts(arms: Mapping[str, Sequence[Run]]) -> list[str]:
     for name, runs in arms.items():
         if not runs or not all(run.chain for run in runs):
             raise RunError(f"arm {name}", "It has a run without attempts, or no run.", "Measure it, or leave it out.")
-        if not all(judged(run.chain) for run in runs):
+        if not all(values.per_prompt(run.chain, values.gained) for run in runs):
             raise RunError(f"arm {name}", "No verifier judged its answers.", "Compare runs of a task with a verifier.")
     first, *others = texts
     for other in others:
@@ -133,36 +137,35 @@ def _prompts(arms: Mapping[str, Sequence[Run]]) -> list[str]:
 
 
 def _arm(name: str, runs: Sequence[Run], prompts: Sequence[str], seed: int) -> ArmRow:
-    turns = _turns(runs)
     return ArmRow(
         name=name,
         seeds=tuple(run.seed for run in runs),
         labels=tuple(run.label for run in runs),
-        turns=turns,
+        turns=_turns(runs),
         first=_share(runs, prompts, values.first_right, seed),
         last=_share(runs, prompts, values.last_right, seed),
         gain=stats.mean(_table(runs, prompts, values.gained), seed),
         tokens=_tokens_by_turn(runs)[-1],
-        vote=_vote(runs, prompts, turns, seed),
+        vote=_vote(runs, prompts, max(values.num_answers(run.chain) for run in runs), seed),
     )
 
 
-def _vote(runs: Sequence[Run], prompts: Sequence[str], turns: int, seed: int) -> Estimate | None:
+def _vote(runs: Sequence[Run], prompts: Sequence[str], k: int, seed: int) -> Estimate | None:
     voters = [Run(run.seed, run.label, run.parallel or ()) for run in runs]
-    enough = all(run.chain and min(len(a.drafts) for a in run.chain) >= turns for run in voters)
+    enough = all(run.chain and min(len(a.drafts) for a in run.chain) >= k for run in voters)
     if not enough or not all(can_vote(run.chain) for run in voters):
         return None
-    return _share(voters, prompts, lambda attempt: float(vote(scores_of(attempt)[:turns])), seed)
+    return _share(voters, prompts, lambda attempt: vote(scores_of(attempt)[:k]), seed)
 
 
 def _share(runs: Sequence[Run], prompts: Sequence[str], number: values.Number, seed: int) -> Estimate:
     """By Wilson for a single run, else by the bootstrap."""
     if len(runs) == 1:
-        return stats.share([bool(number(attempt)) for attempt in runs[0].chain])
+        return stats.share([number(attempt) for attempt in runs[0].chain])
     return stats.mean(_table(runs, prompts, number), seed)
 
 
-def _contrasts(before: Arm, after: Arm, prompts: Sequence[str], seed: int) -> Iterator[Contrast]:
+def _contrasts(before: Arm, after: Arm, prompts: Sequence[str], seed: int, num_resamples: int) -> Iterator[Contrast]:
     """`p_holm` is filled in once the whole family is known."""
     budget = min(_tokens_by_turn(runs)[-1] for _, runs in (before, after))
     numbers: dict[What, tuple[values.Number, values.Number]] = {
@@ -174,9 +177,12 @@ def _contrasts(before: Arm, after: Arm, prompts: Sequence[str], seed: int) -> It
     if budget and at_budget[0] and at_budget[1]:
         numbers["last turn at equal tokens"] = (at_budget[0], at_budget[1])
     paired = _pairs(before[1]) == _pairs(after[1])
+    many = seed, num_resamples
     for what, (number, other) in numbers.items():
         first, last = _table(before[1], prompts, number), _table(after[1], prompts, other)
-        difference, p_value = stats.mean_and_p(last - first, seed) if paired else stats.difference(first, last, seed)
+        if not np.isfinite(last - first if paired else np.vstack([first, last])).any(axis=1).all():
+            continue  # answers that could not be judged left no prompt to both
+        difference, p_value = stats.mean_and_p(last - first, *many) if paired else stats.difference(first, last, *many)
         exact = what in ("first turn", "last turn") and len(first) == len(last) == 1
         p_value = _mcnemar(first[0], last[0]) if exact else p_value
         yield Contrast(
@@ -188,6 +194,7 @@ def _contrasts(before: Arm, after: Arm, prompts: Sequence[str], seed: int) -> It
             p_value=p_value,
             test="McNemar" if exact else "bootstrap",
             p_holm=p_value,
+            at_most=not exact and p_value <= stats.least_p(num_resamples),
         )
 
 
@@ -218,7 +225,8 @@ def _right_at(tokens: Sequence[float], budget: float) -> values.Number | None:
 
 def _between(turn: int, weight: float, attempt: Attempt) -> float:
     """Right at this turn and at the next, weighted."""
-    return (1 - weight) * values.at_turn(attempt, turn).right + weight * values.at_turn(attempt, turn + 1).right
+    first, last = (right_of(values.at_turn(attempt, one)) for one in (turn, turn + 1))
+    return (1 - weight) * first + weight * last
 
 
 def _tokens_by_turn(runs: Sequence[Run]) -> list[float]:

@@ -12,22 +12,28 @@ from statistics import fmean
 from upturn.evaluation import stats, values
 from upturn.evaluation.stats import Estimate
 from upturn.evaluation.study import CostPoint, Method
-from upturn.evaluation.turns import Gain, scores_of, vote
+from upturn.evaluation.turns import Gain, right_of, scores_of, vote
 from upturn.types import Attempt, Draft
 
 
 def cost_points(
-    chain: Sequence[Attempt], parallel: Sequence[Attempt] = (), rewards: Sequence[Attempt] | None = None
+    chain: Sequence[Attempt],
+    parallel: Sequence[Attempt] = (),
+    rewards: Sequence[Attempt] | None = None,
+    *,
+    rewarded_alone: bool = False,
 ) -> tuple[CostPoint, ...]:
     """Accuracy at a price: each turn of the chain, then each number of parallel answers by every way to use them.
 
-    `rewards` are the parallel attempts as the training scorer judged them, None where that is the verifier. A chain
-    that ended early keeps its last answer.
+    `rewards` are the parallel attempts as the training scorer judged them, None where that is the verifier. Unless each
+    draft was `rewarded_alone`, a reward may tell of answers that the first k do not hold, and the best is chosen of all
+    only. A chain that ended early keeps its last answer.
     """
     last = max((draft.turn for attempt in chain for draft in attempt.drafts), default=0)
-    points = [_turn(chain, turn) for turn in range(1, last + 1)]
+    points, n = [_turn(chain, turn) for turn in range(1, last + 1)], num_parallel(parallel)
     for method, right in _choices(parallel, rewards).items():
-        points += [_direct(parallel, method, right, k) for k in range(1, num_parallel(parallel) + 1)]
+        least = 1 if method != "best of n" or rewarded_alone else max(n, 1)
+        points += [_direct(parallel, method, right, k) for k in range(least, n + 1)]
     return tuple(points)
 
 
@@ -86,28 +92,28 @@ def as_gain(change: Estimate, first: int, last: int) -> Gain:
 
 def _choices(
     parallel: Sequence[Attempt], rewards: Sequence[Attempt] | None
-) -> dict[Method, Callable[[Attempt, int], bool]]:
-    """How k direct answers become one: whether that one is right."""
-    choices: dict[Method, Callable[[Attempt, int], bool]] = {}
+) -> dict[Method, Callable[[Attempt, int], float]]:
+    """How k direct answers become one: whether that one is right, NaN where it could not be judged."""
+    choices: dict[Method, Callable[[Attempt, int], float]] = {}
     if can_vote(parallel):
         choices["majority"] = lambda attempt, k: vote(scores_of(attempt)[:k])
     if rewards is not None:
         judged = {attempt.prompt.id: scores_of(attempt) for attempt in rewards}
-        choices["best of n"] = lambda a, k: scores_of(a)[values.best(judged[a.prompt.id][:k])].right
-    choices["resample"] = lambda attempt, k: scores_of(attempt)[k - 1].right
+        choices["best of n"] = lambda a, k: right_of(scores_of(a)[values.best(judged[a.prompt.id][:k])])
+    choices["resample"] = lambda attempt, k: right_of(scores_of(attempt)[k - 1])
     return choices
 
 
 def _turn(chain: Sequence[Attempt], turn: int) -> CostPoint:
-    right = [values.at_turn(attempt, turn).right for attempt in chain]
+    right = [right_of(values.at_turn(attempt, turn)) for attempt in chain]
     return _point("refine", turn, right, [[d for d in attempt.drafts if d.turn <= turn] for attempt in chain])
 
 
-def _direct(parallel: Sequence[Attempt], method: Method, right: Callable[[Attempt, int], bool], k: int) -> CostPoint:
+def _direct(parallel: Sequence[Attempt], method: Method, right: Callable[[Attempt, int], float], k: int) -> CostPoint:
     return _point(method, k, [right(attempt, k) for attempt in parallel], [a.drafts[:k] for a in parallel])
 
 
-def _point(method: Method, k: int, right: Sequence[bool], drafts: Sequence[Sequence[Draft]]) -> CostPoint:
+def _point(method: Method, k: int, right: Sequence[float], drafts: Sequence[Sequence[Draft]]) -> CostPoint:
     return CostPoint(
         method=method,
         k=k,

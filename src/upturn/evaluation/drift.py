@@ -24,13 +24,12 @@ def drift(
 ) -> Drift:
     """`rewards`: the chains as the training scorer judged them, None where that is the verifier."""
     direct = [draft for attempt in (*chain, *parallel) for draft in attempt.drafts if draft.turn == 1]
-    ends = [max(attempt.drafts, key=lambda draft: draft.turn) for attempt in chain]
     texts = [draft.text for draft in direct]
     return Drift(
         kl_start=kl_start,
         kl_previous=kl_previous,
         length=fmean(draft.num_tokens for draft in direct),
-        length_last=fmean(len(draft.token_ids) or draft.num_tokens for draft in ends),
+        length_last=fmean(map(_last_length, chain)),
         distinct=tuple(words.distinct(texts, n) for n in (1, 2, 3)),
         entropy=_entropy(direct),
         identical=identical(parallel),
@@ -44,6 +43,15 @@ def identical(parallel: Sequence[Attempt]) -> float | None:
     """Mean over prompts of the share of pairs of drafts with the same text; None where no prompt has a pair."""
     shares = [_same_pairs(attempt.drafts) for attempt in parallel if len(attempt.drafts) > 1]
     return fmean(shares) if shares else None
+
+
+def _last_length(attempt: Attempt) -> int:
+    """Tokens of the answer of the last turn: without those of the critique before it, and of a kept answer those that
+    it once took."""
+    last = max(attempt.drafts, key=lambda draft: draft.turn)
+    while last.kept and last.parents:
+        last = attempt.drafts[last.parents[-1]]
+    return len(last.token_ids) or last.num_tokens - last.critique_tokens
 
 
 def _same_pairs(drafts: Sequence[Draft]) -> float:

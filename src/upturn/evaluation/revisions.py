@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from math import isnan
 from statistics import fmean
 
 from upturn.evaluation import stats, words
 from upturn.evaluation.study import Path, Revision, Tested
-from upturn.evaluation.turns import Transition, answers_of, judged_of
+from upturn.evaluation.turns import Transition, answers_of, judged_of, right_of
 from upturn.types import Attempt, Draft, Score
 
 Step = tuple[tuple[Draft, Score], tuple[Draft, Score]]
@@ -32,14 +33,16 @@ def revisions(attempts: Sequence[Attempt]) -> tuple[Revision, ...]:
 
 
 def _revision(first: int, last: int, steps: Sequence[Step]) -> Revision:
-    was_right = [step for step in steps if step[0][1].right]
-    was_wrong = [step for step in steps if not step[0][1].right]
+    was_right = [step for step in steps if right_of(step[0][1]) == 1]
+    was_wrong = [step for step in steps if right_of(step[0][1]) == 0]
+    fixed = stats.share([right_of(after) for _, (_, after) in was_wrong])
+    broken = stats.share([1 - right_of(after) for _, (_, after) in was_right])
     return Revision(
         first=first,
         last=last,
         n=len(steps),
-        fixed=stats.share([after.right for _, (_, after) in was_wrong]) if was_wrong else None,
-        broken=stats.share([not after.right for _, (_, after) in was_right]) if was_right else None,
+        fixed=fixed if fixed.n else None,
+        broken=broken if broken.n else None,
         copied=_copied(steps) or 0.0,
         copied_right=_copied(was_right),
         copied_wrong=_copied(was_wrong),
@@ -52,7 +55,11 @@ def _copied(steps: Sequence[Step]) -> float | None:
 
 
 def paths(attempts: Sequence[Attempt]) -> tuple[Path, ...]:
-    """How many prompts went each way through the turns: most frequent first, then by pattern."""
-    patterns = ("".join("r" if score.right else "w" for score in answers_of(a).values()) for a in attempts)
+    """How many prompts went each way through the turns: most frequent first, then by pattern.
+
+    A chain with an answer that could not be judged is left out; one that ended early has fewer letters.
+    """
+    known = [list(map(right_of, answers_of(attempt).values())) for attempt in attempts]
+    patterns = ("".join("r" if right else "w" for right in rights) for rights in known if not any(map(isnan, rights)))
     counted = sorted(Counter(patterns).items(), key=lambda item: (-item[1], item[0]))
     return tuple(Path(pattern=pattern, count=count) for pattern, count in counted)

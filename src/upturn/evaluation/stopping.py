@@ -11,7 +11,7 @@ from typing import NamedTuple
 from upturn.evaluation import stats
 from upturn.evaluation.controls import can_vote
 from upturn.evaluation.study import RuleName, StopRule
-from upturn.evaluation.turns import judged_of
+from upturn.evaluation.turns import judged_of, right_of
 from upturn.types import Attempt
 
 
@@ -20,7 +20,8 @@ class Answer(NamedTuple):
 
     text: str
     answer: str
-    right: bool
+    right: float
+    """NaN where it could not be judged."""
     tokens: int
 
 
@@ -47,7 +48,7 @@ def _answers(attempt: Attempt) -> Iterator[Answer]:
     for draft in attempt.drafts:
         tokens[draft.turn] += draft.num_tokens
     for turn, (draft, score) in sorted(judged_of(attempt).items()):
-        yield Answer(draft.text, score.answer, score.right, tokens[turn])
+        yield Answer(draft.text, score.answer, right_of(score), tokens[turn])
 
 
 def _fixed(turns: int, chain: Chain) -> int:
@@ -64,7 +65,7 @@ def _agreement(chain: Chain) -> int:
 
 
 def _oracle(chain: Chain) -> int:
-    return next((k for k, answer in enumerate(chain, start=1) if answer.right), len(chain))
+    return next((k for k, answer in enumerate(chain, start=1) if answer.right == 1), len(chain))
 
 
 def _rule(name: RuleName, turns: int, chains: Sequence[Chain], stop: Stop) -> StopRule:

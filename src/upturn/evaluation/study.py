@@ -34,9 +34,9 @@ class Revision(Strict):
     n: int
     """Prompts with both."""
     fixed: Estimate | None
-    """Share right after, of the drafts wrong before (so many is its `n`); null where none was wrong."""
+    """Share right after, of the drafts wrong before and judged after (so many is its `n`); null where there is none."""
     broken: Estimate | None
-    """Share wrong after, of the drafts right before (so many is its `n`); null where none was right."""
+    """Share wrong after, of the drafts right before and judged after (so many is its `n`); null where there is none."""
     copied: float
     """Share of drafts repeated to the letter."""
     copied_right: float | None
@@ -51,7 +51,7 @@ class Path(Strict):
     """One way through the turns."""
 
     pattern: str
-    """A letter per turn: r right, w wrong; 'wrrr' was wrong once and right ever after."""
+    """A letter per turn: r right, w wrong; 'wrrr' was wrong once and right ever after. Fewer where it ended early."""
     count: int
     """Prompts that went this way."""
 
@@ -65,8 +65,9 @@ class CostPoint(Strict):
 
     method: Method
     """refine: turn k of the chain. majority: vote of k direct answers, where answers can vote. best of n: the best of k
-    direct answers by the training scorer, where that is not the verifier (whose best of k is pass@k). resample: the
-    k-th of k direct answers, what a chain of fresh answers would end with."""
+    direct answers by the training scorer, where that is not the verifier (whose best of k is pass@k); of all
+    of them only where that scorer may have looked at the others. resample: the k-th of k direct answers, what a chain
+    of fresh answers would end with."""
     k: int
     """Turns, or direct answers: the first k of them."""
     accuracy: Estimate
@@ -110,21 +111,21 @@ class Ceilings(Strict):
     relative_gap: float | None
     """The gap over the room above the mean direct answer; null where there is no room."""
     refinement_gap: Estimate | None
-    """Refinement gap, in shares: last turn of the chain minus the vote of as many direct answers, same prompts
-    (arXiv:2509.00084); null where there are fewer direct answers, or answers cannot vote."""
+    """Refinement gap, in shares: last turn of the chain minus the vote of as many direct answers as its model was
+    asked for, same prompts (arXiv:2509.00084); null where there are fewer direct answers, or answers cannot vote."""
 
 
 class Drift(Strict):
     """How far a model has moved, and what it lost on the way. Over first-turn drafts unless said otherwise."""
 
     kl_start: float | None
-    """Nats per token: KL(model || first measured model), exact per position, along the model's own direct answers."""
+    """Nats per token: KL(model || first measured model), exact per position, along turn 1 of the model's own chains."""
     kl_previous: float | None
     """The same against the model measured before."""
     length: float
     """Mean generated tokens of a direct answer, over all of them."""
     length_last: float
-    """Mean generated tokens of the last turn."""
+    """Mean tokens of the answer of the last turn, without critiques; a kept answer is as long as when it was made."""
     distinct: tuple[float | None, ...]
     """Share of distinct word n-grams, n = 1, 2, 3, over all direct answers together; null where none is so long.
     It falls with the number of answers: compare models that were measured alike."""
@@ -142,7 +143,8 @@ class Drift(Strict):
 
 
 class Progress(Strict):
-    """What a model gained over the one measured before it, on the same prompts. In shares, except the reward."""
+    """What a model gained over the one measured before it, behind the same upstream model if any, on the same prompts.
+    In shares, except the reward."""
 
     before: Label
     """The model measured before."""
@@ -173,6 +175,10 @@ class ModelStudy(Strict):
     """Refinement gain: the last turn against the first turn of this model."""
     direct_gain: Gain | None
     """The first turn against the first turn of the model before training, on the same prompts."""
+    direct_p: float | None
+    """McNemar's exact two-sided p of that comparison; null where there is none."""
+    base: Label | None
+    """The model before training; null for itself. Behind an upstream model: the one measured behind the same."""
     tests: tuple[Tested, ...]
     """All pairs of turns."""
     revisions: tuple[Revision, ...]
@@ -191,7 +197,7 @@ class ModelStudy(Strict):
     fresh answers."""
     drift: Drift
     progress: Progress | None
-    """Null for the first measured model."""
+    """Null for the first measured model, and for the first one behind each upstream model."""
 
 
 class Advice(Strict):

@@ -37,11 +37,15 @@ class Measurement(Strict):
     """The vote of all k direct answers, whatever their tokens (at equal tokens: `costs` of the study); null where there
     were none, or no verifier judged."""
     kl_start: float | None = None
-    """Nats per token: KL(this model || the first measured one), along this model's direct answers."""
+    """Nats per token: KL(this model || the first measured one), along turn 1 of this model's chains."""
     kl_previous: float | None = None
     """The same against the model measured before."""
     tokens: int
     """Tokens generated over all turns, without the vote's."""
+    upstream: str = ""
+    """The model whose answers it corrected; '' where it refined its own. Only models behind the same are compared."""
+    rewarded_alone: bool = False
+    """Whether the training scorer is known to judge each draft without a look at the others. A vote does not."""
 
     @property
     def flips(self) -> Transition | None:
@@ -69,7 +73,7 @@ class TrainingRow(Strict):
     """Candidates that made no example, by reason."""
     label_precision: float | None
     """Share of the pairs whose chosen draft is right and whose rejected draft is wrong, by the verifier; None where
-    groups of drafts were trained on. It says nothing where no verifier judged: the study leaves it out there."""
+    groups of drafts were trained on, or no verifier judged any of the drafts that they were chosen from."""
     chosen_earlier: float | None
     """Share of the pairs whose chosen draft has the lower turn: the chain made it worse."""
     final_loss: float | None

@@ -4,43 +4,49 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from math import isnan
+from math import isnan, nan
 from statistics import fmean
 
-from upturn.evaluation.turns import answers_of, scores_of
+from upturn.evaluation.turns import answers_of, at_turn, right_of, scores_of
 from upturn.types import Attempt, Score
 
 Number = Callable[[Attempt], float]
+"""NaN where an attempt has none: an answer that could not be judged is neither right nor wrong."""
 
 Values = dict[str, float]
 """By prompt id."""
 
 
 def per_prompt(attempts: Sequence[Attempt], number: Number) -> Values:
-    """The number of each attempt; the mean where a prompt has several attempts."""
+    """The number of each attempt; the mean where a prompt has several attempts. Prompts without one are left out."""
     found: defaultdict[str, list[float]] = defaultdict(list)
     for attempt in attempts:
-        found[attempt.prompt.id].append(number(attempt))
+        if not isnan(value := number(attempt)):
+            found[attempt.prompt.id].append(value)
     return {prompt: fmean(numbers) for prompt, numbers in found.items()}
 
 
 def minus(after: Values, before: Values) -> list[float]:
-    """Differences at the prompts that both have and whose numbers are numbers."""
-    differences = [after[prompt] - before[prompt] for prompt in after if prompt in before]
-    return [difference for difference in differences if not isnan(difference)]
+    """Differences at the prompts that both have."""
+    return [after[prompt] - before[prompt] for prompt in after if prompt in before]
 
 
-def at_turn(attempt: Attempt, turn: int) -> Score:
-    """The answer that stands at a turn: that turn's, or the last one of a chain that ended before."""
-    answers = answers_of(attempt)
-    if turn in answers:
-        return answers[turn]
-    return answers[max((t for t in answers if t <= turn), default=min(answers))]
+def shared(attempts: Sequence[Attempt], others: Sequence[Attempt]) -> list[Attempt]:
+    """The attempts at prompts that the others have too: an endpoint need not answer all of either."""
+    prompts = {attempt.prompt.id for attempt in others}
+    return [attempt for attempt in attempts if attempt.prompt.id in prompts]
+
+
+def num_answers(chain: Sequence[Attempt]) -> int:
+    """The most answers that the model was asked for at one prompt, proposals among them and kept answers not: as many
+    direct answers are what a chain is compared with."""
+    asked = ([draft for draft in attempt.drafts if draft.kind == "answer" and not draft.kept] for attempt in chain)
+    return max(map(len, asked), default=0)
 
 
 def first_right(attempt: Attempt) -> float:
     """1 where the first turn is right."""
-    return float(at_turn(attempt, 1).right)
+    return right_of(at_turn(attempt, 1))
 
 
 def last(attempt: Attempt) -> Score:
@@ -51,7 +57,7 @@ def last(attempt: Attempt) -> Score:
 
 def last_right(attempt: Attempt) -> float:
     """1 where the last turn is right."""
-    return float(last(attempt).right)
+    return right_of(last(attempt))
 
 
 def gained(attempt: Attempt) -> float:
@@ -60,8 +66,9 @@ def gained(attempt: Attempt) -> float:
 
 
 def mean_right(attempt: Attempt) -> float:
-    """Share of right drafts."""
-    return fmean(score.right for score in scores_of(attempt))
+    """Share of right drafts among those that could be judged; NaN where none could."""
+    known = [score.right for score in scores_of(attempt) if not isnan(score.value)]
+    return fmean(known) if known else nan
 
 
 def best(rewards: Sequence[Score]) -> int:

@@ -5,10 +5,10 @@
 2. It is *backed* where fresh answers do not explain it: the last turn also differs from the mean parallel answer on
    the same prompts, by a 95 % interval. Without parallel answers McNemar stands alone.
 3. Proven and backed: `refines` or `harms`. Proven but not backed: `unclear`.
-4. Not proven, and drafts hardly change: nothing to judge but copies. Suggested, backed, and lopsided (five flips to
-   three, or more): `unclear`. Else nothing was gained by refining, and the verdict says what happened instead:
-   `answers` where the first turn gained over the base, `copies`, `unclear` where so few prompts flipped that nothing
-   could be proven, and else `churns`.
+4. Not proven, and drafts hardly change: nothing to judge but copies. Suggested by six flips or more, backed, and
+   lopsided (five flips to three, or more): `unclear`. Else nothing was gained by refining, and the verdict says what
+   happened instead: `answers` where it is proven that the first turn gained over the base's, `copies`, `unclear` where
+   so few prompts flipped that nothing could be proven, and else `churns`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from upturn.evaluation import controls, stats
 from upturn.evaluation.phrases import between, percent, signed
 from upturn.evaluation.study import CostPoint, Method, ModelStudy, Revision, Verdict
-from upturn.evaluation.turns import Gain, Transition
+from upturn.evaluation.turns import LEAST_FLIPS, Gain, Transition
 
 PROVEN = 0.005
 """p-value of McNemar's test that a verdict asks for (Benjamin et al. 2018, "Redefine statistical significance")."""
@@ -26,7 +26,7 @@ PROVEN_WIDTH = 2.807 / 1.960
 """Half width of a normal interval at 99.5 % over that at 95 %."""
 LOPSIDED = 5 / 8
 """Share of flips in one direction from which a suggested gain is left open and not called churn."""
-MIN_FLIPS = next(flips for flips in range(1, 100) if stats.mcnemar(flips, 0) < PROVEN)
+MIN_FLIPS = stats.least_flips(PROVEN)
 """Fewer flips cannot prove anything, even all in one direction: 9."""
 COPIED = 0.5
 """Share of last drafts that repeat the first from which a model is said to copy."""
@@ -35,7 +35,7 @@ SMALL_EDIT, FEW_FLIPS = 0.1, 0.05
 
 
 def verdict(models: Sequence[ModelStudy]) -> Verdict | None:
-    """About the last model; the first one is its base. None where nothing was measured, or no verifier judged."""
+    """About the last model. None where nothing was measured, or no verifier judged."""
     if not models or not models[-1].judged:
         return None
     model = models[-1]
@@ -48,7 +48,7 @@ def verdict(models: Sequence[ModelStudy]) -> Verdict | None:
     if proven:
         return _unclear(model.gain, _not_backed(model))
     changes = not _hardly_changes(model.revisions[-1], flips)
-    if changes and _suggested(model.gain) and backed and _lopsided(flips):
+    if changes and _suggested(model.gain) and backed and _hints(flips):
         return _unclear(model.gain, f"a hint and no proof (p = {flips.p_value:.3f}, asked for is {PROVEN})")
     return _no_gain(models, model.gain, flips)
 
@@ -58,7 +58,7 @@ def _no_gain(models: Sequence[ModelStudy], gain: Gain, flips: Transition) -> Ver
     gained = f"turn {gain.last} against turn {gain.first}: {signed(gain.points)} points ({_within(gain)})"
     copied = f"{percent(change.copied)} of last drafts repeat the first"
     right, wrong = flips.wrong_to_right, flips.right_to_wrong
-    if model.direct_gain and _wider(model.direct_gain).low > 0:
+    if _answers(model):
         sentence = f"It answers better but does not refine: {_first_turn(models)}; {gained}, {copied}."
         return Verdict(kind="answers", sentence=sentence)
     if _hardly_changes(change, flips):
@@ -85,9 +85,17 @@ def _backed(model: ModelStudy, gain: Gain) -> bool:
     return model.excess.low > 0 if gain.points > 0 else model.excess.high < 0
 
 
-def _lopsided(flips: Transition) -> bool:
-    more = max(flips.wrong_to_right, flips.right_to_wrong)
-    return more >= LOPSIDED * (flips.wrong_to_right + flips.right_to_wrong)
+def _hints(flips: Transition) -> bool:
+    """Lopsided flips, and as many as a test at the 5 % level can tell from chance: the bootstrap of fewer cannot."""
+    more, fewer = sorted((flips.wrong_to_right, flips.right_to_wrong), reverse=True)
+    return more + fewer >= LEAST_FLIPS and more >= LOPSIDED * (more + fewer)
+
+
+def _answers(model: ModelStudy) -> bool:
+    """A first turn proven better than that of the base: by the interval, and by a test that few flips do not pass."""
+    if model.direct_gain is None or model.direct_p is None:
+        return False
+    return _wider(model.direct_gain).low > 0 and model.direct_p < PROVEN
 
 
 def _hardly_changes(change: Revision, flips: Transition) -> bool:
@@ -125,7 +133,7 @@ def _first_turn(models: Sequence[ModelStudy]) -> str:
     if direct is None:
         return ""
     often = f"{abs(direct.points):.1f} points {'more' if direct.points > 0 else 'less'} often"
-    return f"turn 1 is right {often} than that of {models[0].label} ({_within(direct)})"
+    return f"turn 1 is right {often} than that of {models[-1].base} ({_within(direct)})"
 
 
 def _mentioned(models: Sequence[ModelStudy]) -> str:

@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 from upturn.config import Plugin
 from upturn.engines.api import Endpoint
 from upturn.engines.sampling import Config as Sampling
-from upturn.errors import ConfigError, DataError, NothingToLearn
+from upturn.errors import ConfigError, DataError, NothingToLearn, RunError
 from upturn.evaluation import summary
 from upturn.lab import estimate
 from upturn.lab.lab import Attempts, Examples, Measure, Model, Options, Training
@@ -23,7 +24,7 @@ from upturn.strategies._base import num_drafts
 from upturn.tracking import events, progress
 from upturn.types import GENERIC_CRITIQUE, Prompt, Requests, answers, to_json
 
-VERSIONS = {"generate": 11, "score": 4, "select": 5, "train": 9, "drift": 6}
+VERSIONS = {"generate": 12, "score": 5, "select": 6, "train": 9, "drift": 7}
 """Raised when a step would give another result from the same inputs."""
 _PLACES = ("data", "test_data")
 """Where a task's data lie; where a task tells what they hold, scores follow from that alone."""
@@ -51,6 +52,8 @@ class Bench:
     """In the order they were measured."""
     _open: dict[str, Any] = field(default_factory=dict)
     _metrics: list[str] = field(default_factory=list)
+    _outside: dict[str, Path] = field(default_factory=dict)
+    """Folders of models by key: of those that no step of ours made, so somebody else may change them."""
     _strategy: dict[str, Any] = field(default_factory=lambda: {"name": "chain"})
     """What the last measurement refined by."""
 
@@ -66,7 +69,9 @@ class Bench:
         from upturn.models import folders
 
         folder = Path(folders.resolve(name))
-        return Model(folders.key(folder), folder, name)
+        model = Model(folders.key(folder), folder, name)
+        self._outside[model.key] = folder
+        return model
 
     def behind(self, endpoint: Endpoint) -> Model:
         """A model that answers at an endpoint. Nobody can see its weights, so its name and place stand for them."""
@@ -169,14 +174,22 @@ class Bench:
         guess = {"examples": prompts * getattr(selector.cfg, "pairs_per_prompt", 1), "dropped": {}}
         result = self._do("select", label, config, [source.key for source in sources], work, guess)
         facts = result.manifest["facts"]
+        precision = facts.get("label_precision")
+        if precision == 0 and not self._judges(sources):
+            precision = None  # without a verifier no draft is right
         return Examples(
             key=result.key,
             path=result.folder / "examples.jsonl",
             count=facts["examples"],
             dropped=facts["dropped"],
-            label_precision=facts.get("label_precision"),
+            label_precision=precision,
             chosen_earlier=facts.get("chosen_earlier"),
         )
+
+    def _judges(self, sources: Sequence[Attempts]) -> bool:
+        """Whether the verifier judges any of the drafts that were scored; a reward model's scores do not tell that."""
+        scored = (a for source in sources for a in source.read() if a.scores)
+        return any(not isnan(self.task.grade(a.prompt, draft.text).value) for a in scored for draft in a.drafts)
 
     def train(
         self,
@@ -264,13 +277,14 @@ class Bench:
         return 0.0 if self.dry else result.manifest["facts"]["kl"]
 
     def publish(self, model: Model, about: str) -> None:
-        if self.dry:
-            return
-        from upturn.lab import work as jobs
+        from upturn.lab import publishing
 
+        target, read = self.run_dir / "model", (*self._outside.values(), self.store.folder)
+        if self.dry:  # before any work
+            return publishing.check(target, read)
         layout = self.options.layout
-        refining = jobs.card.Refining(strategy=self._strategy, layout=layout, **asdict(self.requests))
-        jobs.publish(model.folder, self.run_dir / "model", self.summary, about, refining)
+        refining = publishing.card.Refining(strategy=self._strategy, layout=layout, **asdict(self.requests))
+        publishing.publish(model.folder, target, self.summary, about, refining, read)
 
     @property
     def dry(self) -> bool:
@@ -295,7 +309,7 @@ class Bench:
             events.emit("stage", name=name, state="began")
             return work(folder)
 
-        result = self.store.do(step, VERSIONS[step], config, inputs, begin, accepts)
+        result = self.store.do(step, VERSIONS[step], config, inputs, begin, accepts, name)
         seconds, facts = result.manifest["seconds"], result.manifest["facts"]
         state = "done before" if result.cached else f"{seconds:.0f} s"
         events.emit("stage", name=name, state="cached" if result.cached else "done", seconds=seconds, facts=facts)
@@ -326,10 +340,18 @@ class Bench:
         return self._open[model.key]
 
     def _fresh(self, model: Model) -> Any:
-        from upturn.models import load
+        """The model as it lies on the disk. Raises RunError where that is no longer the one that its key tells of."""
+        from upturn.models import folders, load
 
         o = self.options
-        return load.load(str(model.folder), o.dtype, trust_remote_code=o.trust_remote_code, device=o.device)
+        loaded = load.load(str(model.folder), o.dtype, trust_remote_code=o.trust_remote_code, device=o.device)
+        if self._outside.get(model.key) == model.folder and folders.key(model.folder) != model.key:
+            raise RunError(
+                f"model {model.name}",
+                f"Its folder {model.folder} has changed since this run began.",
+                "Run the same command again, and let nothing write into that folder until it ends.",
+            )
+        return loaded
 
     def _settings(self, label: str, folder: Path, purpose: str = "") -> Any:
         from upturn.lab import work as jobs

@@ -51,7 +51,14 @@ def measure(bench: Bench, asked: Asked, cfg: Measure, scorer: Plugin | None) -> 
     if bench.dry:
         return None
     vote = turns.majority(fresh.read()) if fresh else None
-    return summary.measure(label, asked.iteration, chains.read(), vote=vote, drift=drift, seed=bench.seed)
+    row = summary.measure(label, asked.iteration, chains.read(), vote=vote, drift=drift, seed=bench.seed)
+    return row.model_copy(update=_pairing(asked, scorer))
+
+
+def _pairing(asked: Asked, scorer: Plugin | None) -> dict[str, str | bool]:
+    """What a study must know of a measurement to pair it with others, and direct answers with their rewards."""
+    alone = scorer is not None and not getattr(scorer.module, "BY_OTHERS", False)
+    return {"upstream": asked.upstream.name if asked.upstream else "", "rewarded_alone": alone}
 
 
 def _by_name(strategy: str, count: int) -> Plugin:

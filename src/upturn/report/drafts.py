@@ -13,7 +13,7 @@ from math import isnan
 
 from markupsafe import Markup, escape
 
-from upturn.evaluation.turns import judged
+from upturn.evaluation import values
 from upturn.report.diff import word_diff
 from upturn.report.tables import DASH, Cell, Table, columns, head, without_empty
 from upturn.types import Attempt, Draft, Score
@@ -24,7 +24,7 @@ KINDS = {
     "kept": "stayed right",
     "missed": "stayed wrong",
 }
-"""Kinds of attempt by first and last draft, and their names on the page."""
+"""Kinds of attempt by the answers of its first and last turn, and their names on the page."""
 MOST = 60
 """At most so many attempts of each model."""
 BYTES = 2_500_000
@@ -69,7 +69,7 @@ class Shown:
     id: str
     task: str
     kind: str
-    """'' where no verifier judged its measurement."""
+    """'' where the answer of its first or last turn could not be judged."""
     path: str
     """A letter per draft: r right, w wrong, n not judged."""
     prompt: str
@@ -120,27 +120,26 @@ def shelf(answers: Sequence[tuple[str, Sequence[Attempt]]], task: str) -> Shelf:
     found, rows = [], []
     for label, attempts in reversed(answers):
         whole = [attempt for attempt in attempts if attempt.drafts]
-        known = judged(whole)
-        each = (_show(attempt, label, task, known) for attempt in balanced(whole))
+        each = (_show(attempt, label, task) for attempt in balanced(whole))
         shown = list(_within(BYTES // len(answers), each))
         found += shown
-        kinds = Counter(kind_of(attempt) if known else "" for attempt in whole)
-        rows.append((head(label), *_tally(kinds, Counter(attempt.kind for attempt in shown))))
+        rows.append((head(label), *_tally(Counter(map(kind_of, whole)), Counter(attempt.kind for attempt in shown))))
     heads = columns("model", *KINDS.values(), "all")
     return Shelf(tuple(found), without_empty(Table("On this page, of all in the run", heads, tuple(rows))))
 
 
 def _tally(whole: Counter[str], shown: Counter[str]) -> list[Cell]:
-    cells = [DASH if "" in whole else Cell(f"{shown[kind]} of {whole[kind]:,}") for kind in KINDS]
+    judged = any(kind in whole for kind in KINDS)
+    cells = [Cell(f"{shown[kind]} of {whole[kind]:,}") if judged else DASH for kind in KINDS]
     return [*cells, Cell(f"{shown.total()} of {whole.total():,}")]
 
 
 def balanced(attempts: Iterable[Attempt]) -> list[Attempt]:
     """At most MOST, the kinds taking turns; what one kind lacks, the others fill."""
-    by_kind: dict[str, list[Attempt]] = {kind: [] for kind in KINDS}
+    by_kind: dict[str, list[Attempt]] = {kind: [] for kind in (*KINDS, "")}
     for attempt in attempts:
         by_kind[kind_of(attempt)].append(attempt)
-    chosen = {kind: _spread(found, MOST // len(KINDS)) for kind, found in by_kind.items()}
+    chosen = {kind: _spread(found, MOST // len(KINDS) if kind else 0) for kind, found in by_kind.items()}
     for kind, found in by_kind.items():
         free = MOST - sum(map(len, chosen.values()))
         chosen[kind] = _spread(found, len(chosen[kind]) + free)
@@ -148,9 +147,10 @@ def balanced(attempts: Iterable[Attempt]) -> list[Attempt]:
 
 
 def kind_of(attempt: Attempt) -> str:
-    """'fixed', 'broken', 'kept' or 'missed'."""
-    first, last = attempt.scores[0].right, attempt.scores[-1].right
-    return {(False, True): "fixed", (True, False): "broken", (True, True): "kept"}.get((first, last), "missed")
+    """'fixed', 'broken', 'kept' or 'missed'; '' where one of the two answers could not be judged."""
+    kinds: dict[tuple[float, float], str]
+    kinds = {(0, 1): "fixed", (1, 0): "broken", (1, 1): "kept", (0, 0): "missed"}
+    return kinds.get((values.first_right(attempt), values.last_right(attempt)), "")
 
 
 def _spread(attempts: Sequence[Attempt], want: int) -> list[Attempt]:
@@ -168,11 +168,11 @@ def _within(size: int, shown: Iterable[Shown]) -> Iterable[Shown]:
         yield attempt
 
 
-def _show(attempt: Attempt, label: str, task: str, known: bool) -> Shown:
+def _show(attempt: Attempt, label: str, task: str) -> Shown:
     drafts = tuple(_draft(attempt, *pair) for pair in zip(attempt.drafts, attempt.scores, strict=True))
     path = "".join({True: "r", False: "w", None: "n"}[draft.right] for draft in drafts)
-    prompt, kind = visible(attempt.prompt.text), kind_of(attempt) if known else ""
-    return Shown(label, visible(attempt.prompt.id), task, kind, path, prompt, drafts)
+    prompt = visible(attempt.prompt.text)
+    return Shown(label, visible(attempt.prompt.id), task, kind_of(attempt), path, prompt, drafts)
 
 
 def _draft(attempt: Attempt, draft: Draft, score: Score) -> ShownDraft:

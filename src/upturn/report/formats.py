@@ -43,8 +43,10 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def p_value(p: float) -> str:
-    """'0.031'; below 0.001 as a power of ten, and never 0."""
+def p_value(p: float, *, at_most: bool = False) -> str:
+    """'0.031'; below 0.001 as a power of ten, and never 0. '≤0.031' where only its upper end is known."""
+    if at_most:
+        return f"≤{p_value(p)}"
     if p >= 0.001:
         return f"{p:.3f}"
     if p < 1e-99:

@@ -72,12 +72,13 @@ def _headline(sentence: str) -> tuple[str, str]:
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:
     prompts = max((measured.n for measured in summary.measurements), default=0)
+    turns = max((row.turn for measured in summary.measurements for row in measured.turns), default=summary.turns)
     return [
         ("recipe", summary.recipe),
         ("model", summary.model),
         ("task", summary.task),
         ("held-out prompts", f"{prompts:,}"),
-        ("turns", str(summary.turns)),
+        ("turns", str(turns)),
         ("seed", str(summary.seed)),
         ("upturn", summary.upturn),
     ]

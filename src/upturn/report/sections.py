@@ -70,8 +70,10 @@ def of_run(study: Study, losses: Losses) -> list[Section]:
 
 
 def ends(models: Sequence[ModelStudy]) -> list[ModelStudy]:
-    """The first model and the last, where they differ."""
-    return [models[0], models[-1]] if len(models) > 1 else [models[0]]
+    """The last model and the one that it is compared with, where they differ."""
+    last = models[-1]
+    base = next((model for model in models if model.label == last.base), models[0])
+    return [base, last] if base is not last else [last]
 
 
 def turns(models: Sequence[ModelStudy]) -> Section:

@@ -109,12 +109,12 @@ def turn(row: TurnRow | None) -> Cell:
     """The accuracy of a turn; a dash where none of its answers could be judged."""
     if row is None or row.mean_score is None:
         return DASH
-    return Cell(percent(row.accuracy), between(row, 100), about=f"n = {row.n:,}, Wilson")
+    return Cell(percent(row.accuracy), between(row, 100), about=f"n = {_n(row):,}, Wilson")
 
 
-def p(value: float) -> Cell:
+def p(value: float, *, at_most: bool = False) -> Cell:
     """A p-value."""
-    return Cell(p_value(value))
+    return Cell(p_value(value, at_most=at_most))
 
 
 def basis(estimate: Estimate) -> str:
@@ -127,10 +127,15 @@ def rests_on(estimates: Iterable[Estimate | Gain | TurnRow | None]) -> str:
     known = [estimate for estimate in estimates if estimate is not None]
     if not known:
         return ""
-    counts = sorted({estimate.n for estimate in known})
+    counts = sorted(set(map(_n, known)))
     told = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     ways = listing(list(dict.fromkeys(map(_how, known))))
     return f"n = {told} prompts. 95% intervals: {ways}."
+
+
+def _n(estimate: Estimate | Gain | TurnRow) -> int:
+    """Prompts; of a turn those that could be judged."""
+    return estimate.n - estimate.unjudged if isinstance(estimate, TurnRow) else estimate.n
 
 
 def _how(estimate: Estimate | Gain | TurnRow) -> str:

@@ -28,8 +28,10 @@ def turn_table(summary: Summary) -> Rich:
         "gain: last turn against first, in points · w→r: from wrong to right, r→w: the reverse"
         " · same: last turn repeats the draft it was shown",
     )
+    if len(turns) > 3 and not unjudged:
+        drawn.padding = 0  # four turns with their intervals fit into 80 columns
     drawn.add_column("", style="bold", no_wrap=True)
-    for header in (*(f"turn {turn}" for turn in turns), "gain", "w→r", "r→w", "same"):
+    for header in (*(f"turn {turn}" for turn in turns), "gain", "w→r\nr→w", "same"):
         drawn.add_column(header, justify="right", no_wrap=True)
     for measured in summary.measurements:
         rows = {row.turn: row for row in measured.turns}
@@ -76,20 +78,25 @@ def _cell(cell: Cell) -> Text:
     return Text(f"{text}\n{cell.range}" if cell.range else text, style=_TONES[cell.tone])
 
 
-def _accuracy(row: TurnRow | None) -> str:
+def _accuracy(row: TurnRow | None) -> Text:
     if row is None or row.mean_score is None:
-        return "–"
-    return f"{100 * row.accuracy:.1f}\n±{50 * (row.high - row.low):.1f}"
+        return Text("–")
+    low, high = f"{100 * row.low:.1f}", f"{100 * row.high:.1f}".replace("100.0", "100")
+    return _over(f"{100 * row.accuracy:.1f}", f"{low}–{high}")
 
 
-def _change(measured: Measurement) -> tuple[Text | str, str, str, str]:
+def _change(measured: Measurement) -> tuple[Text | str, str, str]:
     gain, flips = measured.gain, measured.flips
     if gain is None or flips is None:
-        return "–", "–", "–", "–"
+        return "–", "–", "–"
     copied = measured.turns[-1].copied
     same = "–" if copied is None else f"{100 * copied:.0f}%"
-    return _gain(gain), str(flips.wrong_to_right), str(flips.right_to_wrong), same
+    return _gain(gain), f"{flips.wrong_to_right}\n{flips.right_to_wrong}", same
 
 
 def _gain(gain: Gain) -> Text:
-    return Text(f"{signed(gain.points)}\n{between(gain)}", style=_TONES[tone(gain)])
+    return _over(signed(gain.points), between(gain), _TONES[tone(gain)])
+
+
+def _over(number: str, interval: str, style: str = "") -> Text:
+    return Text.assemble(number, "\n", (interval, "dim"), style=style)

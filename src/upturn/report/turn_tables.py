@@ -158,7 +158,9 @@ def paths(model: ModelStudy) -> Table:
         others = sum(path.count for path in rest)
         rows.append((words(f"{len(rest)} other paths"), count(others), share(others / total)))
     heads = columns("path", "prompts", Column("share", kind="bar"))
-    return Table(f"All paths, {model.label}", heads, tuple(rows), f"n = {total:,} prompts with every turn.")
+    early = len({len(path.pattern) for path in model.paths}) > 1
+    note = f"n = {total:,} prompts{'; a path ends where its chain ended' if early else ', all with every turn'}."
+    return Table(f"All paths, {model.label}", heads, tuple(rows), note)
 
 
 def revisions(model: ModelStudy) -> Table:

@@ -13,7 +13,8 @@ from upturn.types import Attempt, Prompt, Score
 class Scorer(Protocol):
     """Judges drafts.
 
-    A scorer file holds `Config` (a strict, frozen pydantic model) and `load(config) -> Scorer`.
+    A scorer file holds `Config` (a strict, frozen pydantic model) and `load(config) -> Scorer`; one that looks at the
+    other drafts of an attempt says so by `BY_OTHERS = True`.
     """
 
     def score(self, task: Task, attempts: list[Attempt]) -> list[Attempt]:
