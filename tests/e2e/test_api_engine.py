@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import random
+import shutil
+import signal
 import socket
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import flaky_server as flaky
 import pytest
 from flaky_server import FlakyServer
 
+from upturn.config import Plugin
 from upturn.engines import api, sampling
 from upturn.errors import RunError
+from upturn.lab import work
 from upturn.strategies import chain, few_shot, parallel, star
+from upturn.tracking import progress
 from upturn.types import Attempt, Draft, Prompt, Requests
 
 KEY = "sk-quite-secret-0123456789"
@@ -45,14 +53,25 @@ class Naps:
         self.seconds.append(seconds)
 
 
-def engine(url: str, sleep: Any = asyncio.sleep, **how: Any) -> api.Api:
-    settings = {"url": url, "model": "m", "timeout": 5, "retry_base": 0.001, "retry_cap": 0.01} | how
-    cfg = sampling.Config(temperature=0.5, top_p=0.9, max_new_tokens=64)
-    return api.Api(api.Endpoint.model_validate(settings), Requests(REQUEST), cfg, seed=SEED, sleep=sleep)
+CFG = sampling.Config(temperature=0.5, top_p=0.9, max_new_tokens=64)
+
+
+def endpoint(url: str, **how: Any) -> api.Endpoint:
+    settings = {"url": url, "model": "m", "timeout": 5, "retry_base": 0.001, "retry_cap": 0.01}
+    return api.Endpoint.model_validate(settings | how)
+
+
+def engine(url: str, sleep: Any = asyncio.sleep, say: Any = print, **how: Any) -> api.Api:
+    return api.Api(endpoint(url, **how), Requests(REQUEST), CFG, seed=SEED, sleep=sleep, say=say)
 
 
 def rule(turns: int = 2, strategy: Any = chain) -> Any:
     return partial(strategy.generate, cfg=strategy.Config(turns=turns))
+
+
+def refusing(question: str, status: int) -> flaky.Plan:
+    """One prompt gets this status, the others get answers."""
+    return lambda conversation, tries: status if conversation[0] == question else None
 
 
 def asked(attempt: Attempt, draft: Draft) -> flaky.Asked:
@@ -149,6 +168,17 @@ def test_a_wrong_key_model_or_url_is_one_error_at_once(status: int, mend: str):
     assert asking.num_requests <= 4 and asking.num_drafts == 0
 
 
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_prompt_refused_among_answers_fails_alone(status: int):
+    """Some gateways say so of a prompt that their moderation does not like."""
+    with FlakyServer(refusing(PROMPTS[2].text, status), complaint="flagged") as server:
+        asking = engine(server.url, concurrency=1)
+        attempts = asking.run(PROMPTS, rule())
+        assert asking.failures == {"p2": f"HTTP {status}: flagged"}
+        assert [attempt.prompt.id for attempt in attempts] == ["p0", "p1", "p3", "p4", "p5"]
+        assert asking.run(PROMPTS[2:4], rule()) == attempts[2:3], "it answered in the run before"
+
+
 @pytest.mark.parametrize("status", [400, 422, 413])
 def test_a_request_that_the_endpoint_cannot_take_fails_its_prompt_only(status: int):
     def plan(conversation: flaky.Conversation, tries: int) -> flaky.Fault | None:
@@ -191,6 +221,36 @@ def test_retry_after_is_the_shortest_pause(how: dict[str, Any]):
         judge(engine(server.url, naps, retry_base=0.5, retry_cap=1).run(PROMPTS, rule()), server)
     assert len(naps.seconds) == 36
     assert all(7 <= seconds <= 8 for seconds in naps.seconds)
+
+
+@pytest.mark.parametrize("how", [{"headers": {"Retry-After": "86400"}}, {"retry_date_in": 86400}])
+def test_who_asks_for_a_day_is_not_waited_for(how: dict[str, Any]):
+    naps = Naps()
+    plan = refusing(PROMPTS[1].text, 429)
+    with FlakyServer(plan, **how) as server:
+        asking = engine(server.url, naps)
+        judge(asking.run(PROMPTS[:3], rule()), server)
+    assert asking.failures == {
+        "p1": "HTTP 429: as planned; the endpoint asks for a pause of 86400 s (Retry-After)",
+    }
+    assert naps.seconds == [] and (asking.num_requests, asking.num_retries) == (5, 0)
+
+
+def test_the_longest_pause_is_waited_for():
+    naps = Naps()
+    with FlakyServer(flaky.first(429), headers={"Retry-After": "600"}) as server:
+        judge(engine(server.url, naps).run(PROMPTS[:1], rule()), server)
+    assert [round(seconds) for seconds in naps.seconds] == [600, 600]
+
+
+def test_the_first_long_pause_is_told_and_no_other():
+    said = list[str]()
+    for asked_for in ("10", "11"):
+        with FlakyServer(flaky.first(503), headers={"Retry-After": asked_for}) as server:
+            asking = engine(server.url, Naps(), say=said.append, retry_base=0)
+            asking.run(PROMPTS, rule())
+            asking.run(PROMPTS, rule(turns=3))
+    assert said == ["HTTP 503: as planned; the next request waits 11 s. Later pauses are not told."]
 
 
 def test_pauses_double_up_to_the_cap_with_full_jitter():
@@ -281,3 +341,124 @@ def test_it_runs_inside_a_running_loop():
 
     with FlakyServer() as server:
         judge(asyncio.run(notebook(engine(server.url))), server)
+
+
+def ask(url: str, folder: Path, *, skip_failed: bool = False, size: int = 4, **how: Any) -> dict[str, Any]:
+    """The step as a bench takes it, one prompt at a time."""
+    folder.mkdir(exist_ok=True)
+    options: Any = SimpleNamespace(chunk_prompts=size)
+    settings = work.Settings("step", folder, Requests(REQUEST), options, SEED)
+    strategy = work.Rule(Plugin("strategies", "chain", chain.Config(turns=2)))
+    place = endpoint(url, **{"concurrency": 1} | how)
+    return work.ask(place, PROMPTS, strategy, CFG, settings, skip_failed=skip_failed)
+
+
+def ids(folder: Path) -> list[str]:
+    return [json.loads(line)["prompt"]["id"] for line in (folder / "drafts.jsonl").read_text().splitlines()]
+
+
+def questions(server: FlakyServer) -> list[str]:
+    """Of the prompts that were asked for, in the order of their first requests."""
+    return list(dict.fromkeys(body["messages"][0]["content"] for body in server.bodies))
+
+
+@pytest.fixture
+def unbroken(tmp_path: Path) -> bytes:
+    """The drafts of a step that nothing stopped."""
+    with FlakyServer() as server:
+        ask(server.url, tmp_path / "unbroken")
+    return (tmp_path / "unbroken" / "drafts.jsonl").read_bytes()
+
+
+def kill(folder: Path, before: str) -> list[str]:
+    """Ask, and leave what SIGKILL leaves when this question is asked: a copy taken then. Gives what was asked."""
+    left = folder.with_name("left")
+
+    def plan(conversation: flaky.Conversation, tries: int) -> None:
+        if conversation == (before,):
+            shutil.copytree(folder, left)
+
+    with FlakyServer(plan) as server:
+        ask(server.url, folder)
+    shutil.rmtree(folder)
+    left.rename(folder)
+    return questions(server)
+
+
+@pytest.mark.parametrize("torn", [0, 30])
+def test_a_step_killed_twice_asks_only_for_what_it_had_not_got(torn: int, tmp_path: Path, unbroken: bytes):
+    """Here death may tear the last line, to which nothing may then be added."""
+    folder, part = tmp_path / "step", tmp_path / "step" / "chunk-00000.jsonl"
+    kill(folder, before=PROMPTS[2].text)
+    assert len(part.read_text().splitlines()) == 2
+    os.truncate(part, part.stat().st_size - torn)
+    again = kill(folder, before=PROMPTS[3].text)
+    assert again == [prompt.text for prompt in PROMPTS[1 if torn else 2 :]]
+    with FlakyServer() as server:
+        facts = ask(server.url, folder)
+    assert questions(server) == [prompt.text for prompt in PROMPTS[3:]]
+    assert facts["drafts"] == 12 and (folder / "drafts.jsonl").read_bytes() == unbroken
+
+
+def test_answers_as_they_came_are_put_in_order_though_none_is_missing(tmp_path: Path, unbroken: bytes):
+    lines = unbroken.splitlines(keepends=True)
+    folder = tmp_path / "step"
+    folder.mkdir()
+    (folder / "chunk-00000.jsonl").write_bytes(b"".join(reversed(lines[:4])))
+    (folder / "chunk-00001.jsonl").write_bytes(b"".join(reversed(lines[4:])))
+    ask("http://127.0.0.1:9/v1", folder)
+    assert (folder / "drafts.jsonl").read_bytes() == unbroken
+
+
+def test_many_at_a_time_end_in_the_same_bytes(tmp_path: Path, unbroken: bytes):
+    with FlakyServer(flaky.mix(2, {500: 0.3}), slow=0.1) as server:
+        ask(server.url, tmp_path / "step", concurrency=8, max_retries=20)
+    assert (tmp_path / "step" / "drafts.jsonl").read_bytes() == unbroken
+
+
+def test_ctrl_c_keeps_the_answers(tmp_path: Path, unbroken: bytes):
+    def plan(conversation: flaky.Conversation, tries: int) -> flaky.Fault | None:
+        if conversation != (PROMPTS[2].text,):
+            return None
+        os.kill(os.getpid(), signal.SIGINT)
+        return "slow"
+
+    with FlakyServer(plan) as server, pytest.raises(KeyboardInterrupt):
+        ask(server.url, tmp_path / "step")
+    with FlakyServer() as server:
+        ask(server.url, tmp_path / "step")
+    assert questions(server) == [prompt.text for prompt in PROMPTS[2:]]
+    assert (tmp_path / "step" / "drafts.jsonl").read_bytes() == unbroken
+
+
+def test_a_moderated_prompt_costs_no_other_and_can_be_left_out(tmp_path: Path):
+    """Also where it is the only one that is still to be asked for, so that this process hears no answer."""
+    folder = tmp_path / "step"
+    with FlakyServer(refusing(PROMPTS[2].text, 403), complaint="flagged") as server:
+        for _ in range(2):
+            with pytest.raises(RunError, match=r"1 of 6 prompts have no answer \(p2: HTTP 403: flagged\)"):
+                ask(server.url, folder)
+        assert len(server.bodies) == 11 + 1
+        facts = ask(server.url, folder, skip_failed=True)
+    assert facts["failed"] == 1 and facts["drafts"] == 10
+    assert ids(folder) == ["p0", "p1", "p3", "p4", "p5"]
+
+
+def test_a_key_that_is_wrong_in_the_second_go_is_one_error_at_once(tmp_path: Path):
+    folder = tmp_path / "step"
+    with FlakyServer(refusing(PROMPTS[2].text, 403)) as server, pytest.raises(RunError):
+        ask(server.url, folder)
+    with FlakyServer(flaky.first(401, times=99)) as server, pytest.raises(RunError) as raised:
+        ask(server.url, folder, skip_failed=True)
+    assert "Set UPTURN_API_KEY" in raised.value.mend and len(server.bodies) == 1
+
+
+def test_a_long_pause_is_told_to_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    said = list[str]()
+    monkeypatch.setattr(progress, "say", said.append)
+    monkeypatch.setattr(api, "TOLD_PAUSE", 0.01)
+    with FlakyServer(flaky.first(429), headers={"Retry-After": "0.02"}) as server:
+        ask(server.url, tmp_path / "step")
+    assert [line for line in said if "waits" in line] == [
+        "step: HTTP 429: as planned; the next request waits 0 s. Later pauses are not told.",
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from functools import partial
 from typing import Any
 
@@ -139,6 +140,40 @@ def test_a_retry_after_date_counts_from_the_endpoints_own_clock():
     assert _wire.retry_after(headers) == 90
     assert _wire.retry_after({"retry-after": headers["date"], "date": headers["retry-after"]}) == 0
     assert _wire.retry_after({"retry-after": headers["date"]}) == 0, "by our clock, it is long past"
+
+
+@pytest.mark.parametrize(
+    "form", ["Wed, 21 Oct 2015 07:28:00 GMT", "Wednesday, 21-Oct-15 07:28:00 GMT", "Wed Oct 21 07:28:00 2015"]
+)
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo"])
+def test_each_form_of_an_http_date_means_gmt_wherever_we_are(form: str, zone: str, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as away:
+        away.setenv("TZ", zone)
+        time.tzset()
+        told = _wire.retry_after({"retry-after": form, "date": "Wed, 21 Oct 2015 07:26:30 GMT"})
+    time.tzset()
+    assert told == 90
+
+
+def test_a_retry_after_counts_beside_a_date_that_says_nothing():
+    told = _wire.retry_after({"retry-after": "Wed, 21 Oct 2099 07:28:00 GMT", "date": "now"})
+    assert told > 1e9, "by our clock"
+
+
+@pytest.mark.parametrize(("name", "text"), [("p7", "hi \ud83d"), ("p7\udcff", "hi")])
+def test_half_a_sign_in_a_prompt_is_named_before_anything_is_asked(name: str, text: str):
+    with pytest.raises(DataError, match=r"^prompt p7") as raised:
+        engine("http://127.0.0.1:9/v1").check([QUESTION, Prompt(name, text)])
+    assert "half of a sign" in str(raised.value.what)
+    assert str(raised.value).encode(), "the message itself can be shown"
+
+
+def test_whole_signs_of_any_kind_are_sent():
+    with FlakyServer() as server:
+        asking, prompts = engine(server.url), [Prompt("p", "hi \N{GRINNING FACE}\u2028\x00")]
+        asking.check(prompts)
+        asking.run(prompts, CHAIN)
+    assert server.bodies[0]["messages"][0]["content"] == prompts[0].text
 
 
 def test_an_empty_prompt_and_no_prompt_at_all():

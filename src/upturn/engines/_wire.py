@@ -133,8 +133,14 @@ def retry_after(headers: Mapping[str, str]) -> float:
     asked = headers.get("retry-after", "").strip()
     if re.fullmatch(r"\d{1,9}(\.\d*)?", asked):
         return float(asked)
+    until, now = _date(asked), _date(headers.get("date", "")) or datetime.now(UTC)
+    return max(0.0, (until - now).total_seconds()) if until else 0.0
+
+
+def _date(text: str) -> datetime | None:
+    """A date in one of the three forms of HTTP. They all mean GMT, and one does not say so (RFC 9110, 5.6.7)."""
     try:
-        now = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
-        return max(0.0, parsedate_to_datetime(asked).timestamp() - now.timestamp())
+        date = parsedate_to_datetime(text)
+        return date if date.tzinfo else date.replace(tzinfo=UTC)
     except (ValueError, OverflowError):
-        return 0.0
+        return None

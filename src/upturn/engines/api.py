@@ -13,6 +13,7 @@ import asyncio
 import hashlib
 import os
 import random
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.util import find_spec
 from itertools import count
@@ -25,7 +26,7 @@ from upturn._model import Strict
 from upturn.engines import _base, _wire, sampling
 from upturn.engines._base import Generate
 from upturn.engines._wire import Again, Answer
-from upturn.errors import RunError
+from upturn.errors import DataError, RunError
 from upturn.types import Attempt, Draft, FinishReason, Kind, Prompt, Requests
 
 if TYPE_CHECKING:
@@ -37,9 +38,15 @@ _PATH = "/chat/completions"
 _MEND_KEY = f"Set {KEYS[0]} (or {KEYS[1]}) to a key that this endpoint takes for this model."
 _MEND_PLACE = "Check the endpoint's url and model."
 _MENDS = {401: _MEND_KEY, 403: _MEND_KEY, 404: _MEND_PLACE, 405: _MEND_PLACE}
-"""Statuses that every prompt would get."""
+"""Statuses that every prompt would get, unless one was answered."""
 _PASSING = {408, 425, 429}
 """Statuses below 500 that the same request need not get again."""
+LONGEST_PAUSE = 600.0
+"""Seconds; where the endpoint asks for more than that, the prompt is given up."""
+TOLD_PAUSE = 10.0
+"""Seconds; the first longer pause is told, or the run would seem to hang."""
+_HALF = re.compile(r"[\ud800-\udfff]")
+"""Half of a surrogate pair, which no UTF-8 can write."""
 
 
 class Endpoint(Strict):
@@ -83,7 +90,7 @@ class _Refused(Exception):
 
 
 class Api:
-    """Engine over an endpoint. Counts and `failures` speak of the last run, `notice` of all runs."""
+    """Engine over an endpoint. Counts and `failures` speak of the last run, `notice` and `answered` of all runs."""
 
     def __init__(
         self,
@@ -93,15 +100,23 @@ class Api:
         *,
         seed: int,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`requests` are what the user says behind a draft. Raises RunError without httpx or with a broken key."""
+        """`requests` are what the user says behind a draft; `say` gets a line for the user.
+
+        Raises RunError without httpx or with a broken key.
+        """
         if find_spec("httpx") is None:
             mend = "Install it with: pip install 'upturn[api]'"
             raise RunError(endpoint.chat_url, "Asking an endpoint needs the package 'httpx'.", mend)
         self.endpoint, self.requests, self.cfg, self.seed = endpoint, requests, cfg, seed
         self.notice = ""
         """What the endpoint does not tell; empty where it tells all."""
-        self._key, self._sleep = _key(), sleep
+        self.answered = False
+        """Whether a whole answer came: a refused key, url or model then is the fault of the prompt."""
+        self.answered_earlier = False
+        """Whether one came to an earlier process, whose key may have been another."""
+        self._key, self._sleep, self._say, self._told = _key(), sleep, say, False
         self._reset()
 
     def _reset(self) -> None:
@@ -114,26 +129,32 @@ class Api:
         self._heard = False
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Every question must say something, else DataError for the first. Lengths are known to the endpoint only."""
+        """Every question must say something that can be sent, else DataError for the first that does not.
+
+        Lengths are known to the endpoint only.
+        """
         _base.refuse_empty(prompts)
+        _refuse_halves(prompts)
 
     def run(
-        self, prompts: Sequence[Prompt], generate: Generate, on_draft: Callable[[Draft], None] = lambda draft: None
+        self,
+        prompts: Sequence[Prompt],
+        generate: Generate,
+        on_draft: Callable[[Draft], None] = lambda draft: None,
+        on_attempt: Callable[[Attempt], None] = lambda attempt: None,
     ) -> list[Attempt]:
         """Run a strategy over all prompts: attempts in the order of the prompts, without those in `failures`.
 
-        Raises RunError where the endpoint refuses the key, the url or the model.
+        `on_attempt` gets each attempt as soon as it is whole, since its answers are paid for. Raises RunError where the
+        endpoint refuses the key, the url or the model before it ever answered.
         """
+        self._reset()
+        self._on_draft, self._on_attempt = on_draft, on_attempt
+        return _base.outside_loops(lambda: asyncio.run(self._run(prompts, generate)))
 
-        return _base.outside_loops(lambda: asyncio.run(self._run(prompts, generate, on_draft)))
-
-    async def _run(
-        self, prompts: Sequence[Prompt], generate: Generate, on_draft: Callable[[Draft], None]
-    ) -> list[Attempt]:
+    async def _run(self, prompts: Sequence[Prompt], generate: Generate) -> list[Attempt]:
         import httpx
 
-        self._reset()
-        self._on_draft = on_draft
         self._prompts = asyncio.Semaphore(self.endpoint.concurrency)  # later turns come before new prompts
         self._requests = asyncio.Semaphore(self.endpoint.concurrency)
         limits = httpx.Limits(max_connections=self.endpoint.concurrency)
@@ -160,12 +181,14 @@ class Api:
 
         async with self._prompts:
             try:
-                return Attempt(prompt, tuple(await generate(prompt, sample)))
+                attempt = Attempt(prompt, tuple(await generate(prompt, sample)))
             except _Refused as error:
                 self.failures[prompt.id] = str(error)
                 return None
             finally:  # siblings of a failed draft would go on asking
                 await _stop(calls)
+            self._on_attempt(attempt)
+            return attempt
 
     async def _draft(self, prompt: Prompt, shown: Sequence[Draft], index: int, request: str, kind: Kind) -> Draft:
         body = self._body(prompt, shown, index, request, kind)
@@ -218,10 +241,21 @@ class Api:
                 if tries > self.endpoint.max_retries or (self.failures and not self._heard):
                     times = f"after {tries} requests" if tries > 1 else "after 1 request"
                     raise _Refused(f"{self._clean(str(error))}, {times}") from None
-                self.num_retries += 1
-                pause = min(self.endpoint.retry_cap, self.endpoint.retry_base * 2.0 ** (tries - 1))
-                await self._sleep(error.floor + random.uniform(0, pause))
+                await self._pause(error, tries)
         raise AssertionError("count never ends")
+
+    async def _pause(self, error: Again, tries: int) -> None:
+        """Wait before the next request, as long as the endpoint asks for; the first long pause is told."""
+        says = self._clean(str(error))
+        if error.floor > LONGEST_PAUSE:
+            raise _Refused(f"{says}; the endpoint asks for a pause of {error.floor:.0f} s (Retry-After)")
+        longest = min(self.endpoint.retry_cap, self.endpoint.retry_base * 2.0 ** (tries - 1))
+        pause = error.floor + random.uniform(0, longest)
+        if pause > TOLD_PAUSE and not self._told:
+            self._told = True
+            self._say(f"{says}; the next request waits {pause:.0f} s. Later pauses are not told.")
+        self.num_retries += 1
+        await self._sleep(pause)
 
     async def _ask(self, body: dict[str, Any]) -> Answer:
         import httpx
@@ -237,14 +271,18 @@ class Api:
             raise Again(f"the connection broke off: {str(error) or type(error).__name__}") from None
         self._heard = True
         if response.is_success:
-            return _wire.read(response.content, streamed="event-stream" in response.headers.get("content-type", ""))
+            kind = response.headers.get("content-type", "")
+            answer = _wire.read(response.content, streamed="event-stream" in kind)
+            self.answered = True
+            return answer
         raise self._refusal(response)
 
     def _refusal(self, response: httpx.Response) -> Exception:
         """What an HTTP status other than success means."""
         status = response.status_code
         says = self._clean(f"HTTP {status}: {_wire.complaint(response.content) or response.reason_phrase}")
-        if status < 400 or status in _MENDS:
+        answered = self.answered or (self.answered_earlier and status != 401)  # 401: this key is wrong
+        if not answered and (status < 400 or status in _MENDS):
             return RunError(self.endpoint.chat_url, says, _MENDS.get(status, _MEND_PLACE))
         if status >= 500 or status in _PASSING:
             return Again(says, _wire.retry_after(response.headers))
@@ -259,6 +297,14 @@ class Api:
 def draft_seed(seed: int, prompt_id: str, index: int) -> int:
     """The seed sent with a draft's request, in [0, 2^31): equal calls give equal seeds."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{prompt_id}/{index}".encode()).digest()[:4]) >> 1
+
+
+def _refuse_halves(prompts: Sequence[Prompt]) -> None:
+    for prompt in prompts:
+        if half := _HALF.search(prompt.id + prompt.text):
+            name = prompt.id.encode(errors="backslashreplace").decode()
+            what = f"It holds {half[0]!a}, half of a sign that takes two, and cannot be sent."
+            raise DataError(f"prompt {name}", what, "Take it out, or write the whole sign.")
 
 
 def _key() -> SecretStr:
