@@ -94,9 +94,14 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def file_of(name: str) -> Path:
+    """The file of a config, given as a path or a shipped name."""
+    return shipped().get(name) or Path(name)
+
+
 def read(name: str) -> tuple[str, dict[str, Any]]:
     """The raw data of a config file, given as a path or a shipped name, with a name for the run."""
-    path = shipped().get(name) or Path(name)
+    path = file_of(name)
     if not path.is_file():
         near = difflib.get_close_matches(name, shipped(), n=1)
         hint = f"Did you mean '{near[0]}'?" if near else f"Shipped configs: {', '.join(shipped())}."

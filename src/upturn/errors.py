@@ -14,6 +14,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+
+_TELL_IN_TEXT = ("SafetensorError", "Exception")
+"""Kinds of errors of safetensors and of tokenizers; a name loads neither."""
 
 
 class UpturnError(Exception):
@@ -50,7 +54,10 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"
 
 
-def told_by_system(text: str) -> OSError | None:
-    """The system's error in the text of a library that makes none of it, as safetensors and tokenizers do."""
-    found = re.search(r"(?:os error|code:) (\d+)", text)
+def told_by_system(error: Exception) -> OSError | None:
+    """The system's error that an error is, or tells in its text: a copy of many files does, and libraries in Rust."""
+    is_told = isinstance(error, shutil.Error) or type(error).__name__ in _TELL_IN_TEXT
+    if not is_told:
+        return error if isinstance(error, OSError) else None
+    found = re.search(r"(?:os error|code:|\[Errno) (\d+)", str(error))
     return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None

@@ -34,7 +34,15 @@ from upturn.report import page
 assert work and page  # imported here, so that no child has to
 DEEP = 2
 """Forward passes since the last file: so far inside a chunk or between two checkpoints a kill happens."""
-UNREMARKABLE = ("steps/", "manifest.json", "config.yaml", "examples.jsonl", "to score/", "to drafts/")
+UNREMARKABLE = (
+    "steps/",
+    "manifest.json",
+    "to train/arithmetic",
+    "config.yaml",
+    "examples.jsonl",
+    "to score/",
+    "to drafts/",
+)
 """Renames that stand between two others with no work around them."""
 SMALLER: dict[str, Any] = {
     "iterations": 1,

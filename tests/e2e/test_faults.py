@@ -15,6 +15,7 @@ import tiny
 from typer.testing import CliRunner
 
 from upturn.cli.main import app
+from upturn.models import load
 
 Run = Callable[..., str]
 
@@ -304,6 +305,54 @@ def test_a_folder_with_another_kind_of_run_is_left_alone(model: Path, recipe: Pa
     ]
     assert CliRunner().invoke(app, wanted).exit_code == 0
     assert "It holds a run of the recipe 'eval'." in refused(["run", str(recipe), f"output_dir={folder}"])
+
+
+def test_a_run_does_not_take_the_place_of_the_users_model(fails: Run, model: Path, tmp_path: Path):
+    mine = copy(model, tmp_path / "proj" / "model")
+    before = {path.name: path.read_bytes() for path in mine.iterdir()}
+    read = fails(f"output_dir={tmp_path / 'proj'}", f"model={mine}")
+    assert f"folder {mine}\n    This run reads from it" in read
+    assert "it holds what no run put there: " in fails(f"output_dir={tmp_path / 'proj'}")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "model").symlink_to(mine)
+    assert f"folder {tmp_path / 'linked' / 'model'}\n" in fails(f"output_dir={tmp_path / 'linked'}")
+    assert {path.name: path.read_bytes() for path in mine.iterdir()} == before
+    for folder in ("proj", "linked"):
+        assert not (tmp_path / folder / "store").exists(), "no work has begun"
+
+
+def test_a_run_does_not_write_over_the_recipe_that_it_was_given(recipe: Path, fails: Run, tmp_path: Path):
+    (tmp_path / "proj").mkdir()
+    given = recipe.rename(tmp_path / "proj" / "config.yaml")
+    before = given.read_text()
+    for config in (given, tmp_path / "proj" / ".." / "proj" / "config.yaml"):
+        said = fails(f"output_dir={tmp_path / 'proj'}", config=config)
+        assert f"The resolved config would be written over the one that was given, {config}." in said
+    assert given.read_text() == before
+    assert [path.name for path in given.parent.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("content", ["theme: dark\n", "- a\n", "a: [", ""])
+def test_a_config_that_no_run_wrote_is_left_alone(fails: Run, tmp_path: Path, content: str):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "config.yaml").write_text(content)
+    assert "It holds a config.yaml that no run wrote." in fails(f"output_dir={tmp_path / 'site'}")
+    assert (tmp_path / "site" / "config.yaml").read_text() == content
+
+
+def test_a_model_that_changes_under_a_run_is_noticed(
+    fails: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    changing, load_it = copy(model, tmp_path / "changing"), load.load
+
+    def late(name: str, *options: Any, **more: Any) -> load.Loaded:
+        shutil.copy(tiny.save(tmp_path / "other", seed=1, characters=tiny.SUMS) / "model.safetensors", changing)
+        return load_it(name, *options, **more)
+
+    monkeypatch.setattr(load, "load", late)
+    said = fails(f"model={changing}")
+    assert f"model {changing}\n    Its folder {changing} has changed since this run began." in said
+    assert not list(tmp_path.glob("first/store/*/manifest.json"))
 
 
 def test_nan_stops_with_the_step_the_prompts_and_a_repro(fails: Run, tmp_path: Path):

@@ -43,7 +43,20 @@ def _other_pieces(folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(b"pieces")
 
 
-@pytest.mark.parametrize("change", [_another_weight, _another_end, _other_code, _other_pieces])
+def _new(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_text("other")
+
+    return change
+
+
+SLOW = ("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.json")
+"""What a tokenizer is made of where there is no tokenizer.json."""
+
+
+@pytest.mark.parametrize(
+    "change", [_another_weight, _another_end, _other_code, _other_pieces, *(_new(name) for name in SLOW)]
+)
 def test_the_key_knows_what_shapes_answers_and_not_the_path(
     tiny_model: Path, tmp_path: Path, change: Callable[[Path], None]
 ):

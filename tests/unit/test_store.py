@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import pytest
 from safetensors import SafetensorError
 
 from upturn.errors import RunError
-from upturn.lab.store import Planned, Store, key_of, write_json, writing
+from upturn.lab.store import MANIFEST, Planned, Store, key_of, write_json, writing
+from upturn.tracking import progress
 
 
 def worker(done: list[str], name: str = "work") -> Any:
@@ -83,6 +86,48 @@ def test_two_askers_share_one_work(tmp_path: Path):
     assert sorted(result.cached for result in results) == [False, True]
 
 
+def test_who_waits_says_once_for_which_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    waits, started = threading.Event(), threading.Event()
+
+    def say(text: str) -> None:
+        said.append(text)
+        waits.set()
+
+    def slow(folder: Path) -> dict[str, Any]:
+        started.set()
+        assert waits.wait(10)
+        return {}
+
+    monkeypatch.setattr(progress, "say", say)
+    first = threading.Thread(target=Store(tmp_path).do, args=("step", 1, {}, [], slow))
+    first.start()
+    started.wait(10)
+    found = Store(tmp_path).do("step", 1, {}, [], worker([]), label="step sft")
+    first.join(10)
+    assert found.cached
+    assert said == [f"step sft ({found.key}): another run is at it, and this one waits for what it finds"]
+
+
+def test_a_result_is_on_the_disk_before_it_counts_as_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(number: int) -> None:
+        order.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        fsync(number)
+
+    def renamed(source: Path, target: Path) -> None:
+        order.append(f"to {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    folder = Store(tmp_path).do("step", 1, {}, [], worker([])).folder
+    part = f"{folder.name}.part"
+    assert order == ["result.txt", part, f"to {MANIFEST}", MANIFEST, part, f"to {folder.name}", tmp_path.name]
+
+
 def test_a_plan_has_the_keys_of_the_run_and_writes_nothing(tmp_path: Path):
     plan = Planned(tmp_path / "store")
     expected = plan.plan("a step", "step", 1, {"a": 1}, ["x"], {"tokens": 5})
@@ -104,6 +149,8 @@ def test_json_is_written_whole_and_sorted(tmp_path: Path):
     [
         OSError(errno.ENOSPC, "No space left on device"),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        Exception("No space left on device (os error 28)"),
+        shutil.Error([("a", "b", str(OSError(errno.ENOSPC, "No space left on device")))]),
     ],
 )
 def test_a_full_disk_is_a_message(tmp_path: Path, error: Exception):
@@ -111,7 +158,15 @@ def test_a_full_disk_is_a_message(tmp_path: Path, error: Exception):
         raise error
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "gone"), SafetensorError("bad header")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "gone"),
+        SafetensorError("bad header"),
+        RuntimeError("ours (os error 28)"),
+        shutil.Error([("a", "b", str(FileNotFoundError(errno.ENOENT, "gone")))]),
+    ],
+)
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path, error: Exception):
     with pytest.raises(type(error)), writing(tmp_path):
         raise error

@@ -117,9 +117,9 @@ def test_an_output_layer_of_its_own_learns_too(
     start = state(fresh(tiny_model, dtype))
     assert not torch.equal(parts["lm_head.weight"], start["lm_head.weight"])
     assert not torch.equal(parts["lm_head.weight"], parts["model.embed_tokens.weight"])
-    close = {"rtol": 1e-3, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.02, "atol": 0.004}
+    rtol, atol = (1e-3, 1e-5) if dtype == "float32" else (0.02, 0.004)
     for name, tensor in whole.items():
-        torch.testing.assert_close(parts[name], tensor, **close)
+        torch.testing.assert_close(parts[name], tensor, rtol=rtol, atol=atol)
 
 
 def test_gradients_are_summed_over_micro_batches_and_leave_the_weights():

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from upturn.config import plugin
 from upturn.engines import _slots, sampling
 from upturn.lab import work
 from upturn.models import chat, load
@@ -35,6 +36,32 @@ def test_a_step_that_goes_on_keeps_its_chunks(tiny_model: Path, tmp_path: Path, 
 
 def test_what_is_asked_for_counts(tiny_model: Path, tmp_path: Path):
     assert sizes(tiny_model, tmp_path, slots=5) == (5, work.WAVES * 5)
+
+
+def test_a_training_whose_model_is_saved_is_not_repeated(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    loaded = load.load(str(tiny_model), "float32", device="cpu")
+    outcome, runs = SimpleNamespace(num_steps=1, tree_tokens=2, row_tokens=3, final_loss=0.5, metrics={}), []
+
+    def run(*_: Any) -> Any:
+        (tmp_path / work.training.CHECKPOINT).mkdir()
+        runs.append(1)
+        return outcome
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work.training, "run", run)
+    how = SimpleNamespace(objective=plugin("objectives", "nll"), train=None)
+    options: Any = SimpleNamespace(layout="auto")
+    settings = work.Settings("step", tmp_path, Requests("again"), options, seed=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(work.training, "forget", killed)
+        with pytest.raises(KeyboardInterrupt):
+            work.train(loaded, None, [], how, settings)
+    assert work.train(loaded, None, [], how, settings)["row_tokens"] == 3
+    assert runs == [1] and not (tmp_path / work.training.CHECKPOINT).exists()
 
 
 def test_a_slot_holds_question_draft_request_and_draft(tiny_model: Path):

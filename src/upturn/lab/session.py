@@ -24,12 +24,15 @@ from upturn.strategies._base import num_drafts
 from upturn.tracking import events, trackers
 from upturn.types import Requests
 
+CONFIG = "config.yaml"
+"""Name of the resolved settings in a run folder."""
+
 
 def run(name: str, overrides: Sequence[str]) -> tuple[Path, Summary]:
     """Run a recipe, or go on with it. Returns the run folder and the summary."""
     run_name, recipe, cfg = config.load(name, overrides)
     _, planned = _planned(run_name, recipe, cfg)  # finds what is missing for a late step before the first one
-    bench = _bench(run_name, recipe, cfg)
+    bench = _bench(run_name, recipe, cfg, config.file_of(name))
     steps = [step["name"] for step in planned.steps]
     with writing(bench.run_dir), _told(bench, steps, cfg), _stopped_if_it_fails(bench):
         recipe.run(cfg, bench)
@@ -124,22 +127,25 @@ def _measured(
         turns=cfg.turns,
     )
     options = config.checked(Options, {"dtype": s.dtype, "layout": s.layout}, recipe)
+    what = {"models": {label: _told_model(model) for label, model in models.items()}, "task": plugin.dump()}
+    how = {"measure": cfg.model_dump(), "options": options.model_dump(), "seed": s.seed}
+    settled = {"recipe": recipe} | what | how
+    _refuse_another_config(folder, settled, fixed=what)
     bench = Bench(folder, _store(folder, None), plugin, options, s.seed, summary, skip_failed=s.skip_failed)
     if s.requests and not any(setting.startswith(("refine_request", "critique_request")) for setting in s.task):
         bench.requests = s.requests  # a model is measured as it was trained
-    what = {"models": {label: _told_model(model) for label, model in models.items()}, "task": plugin.dump()}
-    how = {"measure": cfg.model_dump(), "options": options.model_dump(), "seed": s.seed}
-    _write_config(folder, recipe, what | how, fixed=what)
+    _write_config(folder, settled)
     with writing(folder), _told(bench), _stopped_if_it_fails(bench):
         for label, model in models.items():
             bench.measure(bench.load(model) if isinstance(model, str) else bench.behind(model), cfg, label)
         return _finish(bench)
 
 
-def _bench(run_name: str, recipe: ModuleType, cfg: Any) -> Bench:
-    folder = _folder(run_name, cfg)
+def _bench(run_name: str, recipe: ModuleType, cfg: Any, given: Path) -> Bench:
+    folder, settled = _folder(run_name, cfg), {"recipe": _name(recipe)} | cfg.model_dump(mode="json")
+    _refuse_another_config(folder, settled, given)
     store = _store(folder, cfg.store)
-    _write_config(folder, _name(recipe), cfg.model_dump(mode="json"))
+    _write_config(folder, settled)
     return Bench(folder, store, cfg.task, cfg.options, cfg.seed, _summary(run_name, recipe, cfg), cfg.limit)
 
 
@@ -165,21 +171,53 @@ def _told_model(model: str | Endpoint) -> Any:
     return model if isinstance(model, str) else {"url": model.url, "model": model.model}
 
 
-def _write_config(folder: Path, recipe: str, settings: dict[str, Any], fixed: Mapping[str, Any] | None = None) -> None:
-    """Keep the resolved settings. A folder with another recipe's run, or with other `fixed` settings, is not written
-    over."""
-    path = folder / "config.yaml"
-    if path.is_file():
-        there = yaml.safe_load(path.read_text()) or {}
-        if there.get("recipe") not in (None, recipe):
-            what = f"It holds a run of the recipe '{there['recipe']}'."
-            raise RunError(f"run folder {folder}", what, "Set output_dir to another folder.")
-        for name, value in (fixed or {}).items():
-            if there.get(name, value) != value:
-                what = f"It holds the results of other {name}: {there[name]}, not {value}."
-                raise RunError(f"run folder {folder}", what, "Give another --output-dir, or delete this one.")
+def _refuse_another_config(
+    folder: Path, settled: dict[str, Any], given: Path | None = None, fixed: Mapping[str, Any] | None = None
+) -> None:
+    """Raises RunError where the resolved settings would be written over what is no earlier version of them.
+
+    That is the config that was `given`, unless it says the same; a file that no run wrote; another recipe's; or one
+    with other `fixed` settings.
+    """
+    path, elsewhere = folder / CONFIG, "Set output_dir to another folder."
+    if not path.is_file() or _says(path, settled):
+        return
+    there = _read(path)
+    if given and path.samefile(given):
+        what = f"The resolved config would be written over the one that was given, {given}."
+        raise RunError(f"run folder {folder}", what, elsewhere)
+    if "recipe" not in there:
+        raise RunError(f"run folder {folder}", f"It holds a {CONFIG} that no run wrote.", elsewhere)
+    if there["recipe"] != settled["recipe"]:
+        raise RunError(f"run folder {folder}", f"It holds a run of the recipe '{there['recipe']}'.", elsewhere)
+    for name, value in (fixed or {}).items():
+        if there.get(name, value) != value:
+            what = f"It holds the results of other {name}: {there[name]}, not {value}."
+            raise RunError(f"run folder {folder}", what, "Give another --output-dir, or delete this one.")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The settings in a file; none where it holds something else."""
+    with suppress(yaml.YAMLError, UnicodeDecodeError):
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _text(settled: dict[str, Any]) -> str:
+    return yaml.safe_dump(settled, sort_keys=False)
+
+
+def _says(path: Path, settled: dict[str, Any]) -> bool:
+    return path.is_file() and _read(path) == yaml.safe_load(_text(settled))
+
+
+def _write_config(folder: Path, settled: dict[str, Any]) -> None:
+    """Keep the resolved settings, unless they are there."""
+    if _says(folder / CONFIG, settled):
+        return
     with writing(folder):
-        write_text(path, yaml.safe_dump({"recipe": recipe} | settings, sort_keys=False))
+        write_text(folder / CONFIG, _text(settled))
 
 
 def _told(bench: Bench, steps: Sequence[str] | None = None, cfg: Any = None) -> AbstractContextManager[None]:
@@ -188,7 +226,7 @@ def _told(bench: Bench, steps: Sequence[str] | None = None, cfg: Any = None) -> 
     settings = cfg.model_dump(mode="json") if chosen else {}
     sinks = trackers.start(chosen, trackers.Run(bench.summary.name, bench.run_dir, settings))
     start = bench.summary.model_dump(include={"name", "recipe", "model", "task"})
-    start |= {"config": str(bench.run_dir / "config.yaml")} | ({"steps": steps} if steps else {})
+    start |= {"config": str(bench.run_dir / CONFIG)} | ({"steps": steps} if steps else {})
     return events.record([events.File(bench.run_dir / events.FILE), *sinks], **start)
 
 
@@ -227,6 +265,7 @@ def plan(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     run_name, recipe, cfg = config.load(name, overrides)
     bench, store = _planned(run_name, recipe, cfg)
     resolved = {"recipe": _name(recipe)} | cfg.model_dump(mode="json")
+    _refuse_another_config(bench.run_dir, resolved, config.file_of(name))
     speed = estimate.measure(Path(bench.load(cfg.model).folder), cfg.options.dtype, cfg.options.device)
     steps = [
         {"name": s["name"], "key": s["key"], "done": s["done"], "tokens": s["guess"].get("tokens", 0)}

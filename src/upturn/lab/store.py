@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-from safetensors import SafetensorError
+from filelock import FileLock, Timeout
 
 from upturn import __version__
 from upturn.errors import RunError, told_by_system
 from upturn.lab._memory import forget_peak, give_back, peak_mb
+from upturn.tracking import progress
 
 MANIFEST = "manifest.json"
 _DISK = {
@@ -87,18 +87,19 @@ class Store:
         inputs: Sequence[str],
         work: Callable[[Path], dict[str, Any]],
         accepts: Callable[[dict[str, Any]], bool] = lambda facts: True,
+        label: str = "",
     ) -> Result:
         """Return the result of a step, doing the work only where it is not there.
 
         `work` gets a folder in which it may keep partial progress: an interrupted step finds it again. What it
-        returns goes into the manifest. Another process that wants the same result waits, then reads it. A result
-        whose facts are not accepted becomes partial progress again.
+        returns goes into the manifest. Another process that wants the same result waits, then reads it; `label` is
+        what it says it waits for. A result whose facts are not accepted becomes partial progress again.
         """
         key = key_of(name, version, config, inputs)
         if (found := _find(self.folder, name, key)) and accepts(found.manifest["facts"]):
             return found
         final, part = self.folder / f"{name}-{key}", self.folder / f"{name}-{key}.part"
-        with writing(part), FileLock(self.folder / f".{name}-{key}.lock"):
+        with writing(part), _alone(self.folder / f".{name}-{key}.lock", f"{label or name} ({key})"):
             if found := _find(self.folder, name, key):
                 if accepts(found.manifest["facts"]):
                     return found
@@ -120,14 +121,33 @@ class Store:
                 "peak_memory_mb": peak_mb(),
                 "facts": facts,
             }
-            for stale in part.glob(".*"):  # half-written files of a killed process
+            sync_all(part)  # before its manifest: what has one is whole, also where the machine fails
+            for stale in part.glob(".*"):  # half-written files of a killed process, and what the work left for itself
                 stale.unlink()
             write_json(part / MANIFEST, manifest)
+            sync(part / MANIFEST)
+            sync(part)
             os.replace(part, final)
+            sync(self.folder)
         return Result(key, final, manifest, False)
 
 
 Steps = Store | Planned
+
+
+@contextmanager
+def _alone(lock: Path, what: str) -> Iterator[None]:
+    """Do something while no other process does it; say once where that means to wait."""
+    held = FileLock(lock)
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        progress.say(f"{what}: another run is at it, and this one waits for what it finds")
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def _find(folder: Path, name: str, key: str) -> Result | None:
@@ -149,17 +169,33 @@ def write_text(path: Path, text: str) -> None:
     os.replace(scratch, path)
 
 
+def sync_all(folder: Path) -> None:
+    """Have a folder on the disk itself, with all that lies below it."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk itself: else a machine that fails may keep a name alone."""
+    if path.is_dir() and os.name != "posix":
+        return  # only there a folder can be opened
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems know nothing of it
+            raise
+    finally:
+        os.close(number)
+
+
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Make a message of a full disk or a folder that may not be written; all other errors pass."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        raise unwritable(folder, error) from error
-    except SafetensorError as error:  # its writer gives the system's error as text
-        told = told_by_system(str(error))
+    except Exception as error:
+        told = told_by_system(error)
         if told is None or told.errno not in _DISK:
             raise
         raise unwritable(folder, told) from error

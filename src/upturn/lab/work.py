@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from upturn import trees
 from upturn.config import Plugin
 from upturn.engines import _slots, api, local, sampling
 from upturn.engines._base import Generate
 from upturn.errors import RunError
-from upturn.evaluation.summary import Summary
 from upturn.lab._memory import keep_freed
-from upturn.lab.store import write_text
+from upturn.lab.store import sync_all, write_text
 from upturn.models import card, chat, load, policy
 from upturn.strategies._base import num_drafts
 from upturn.tracking import events, progress
@@ -32,6 +27,8 @@ SIZES = "sizes.json"
 """Slots and prompts of a chunk, until the chunks are merged."""
 FAILURES = "failures.json"
 """Prompt id -> reason, for prompts that an endpoint did not answer."""
+OUTCOME = ".outcome.json"
+"""What a training found, once its model is saved and until its step is done."""
 WAVES = 4
 """Prompts of a chunk for each slot. At its end the batch empties; with 2 that took 2 to 9% of a CPU's time."""
 ASKED = 128
@@ -146,9 +143,11 @@ def ask(
 
     The answered prompts are kept, and only the others are asked for again; with `skip_failed` they are left out.
     """
-    engine, size = api.Api(endpoint, s.requests, how, seed=s.seed), s.options.chunk_prompts or ASKED
+    engine = api.Api(endpoint, s.requests, how, seed=s.seed, say=lambda text: progress.say(f"{s.label}: {text}"))
+    size = s.options.chunk_prompts or ASKED
     if not skip_failed:
         _unmerge(s.folder, prompts, size)
+    engine.answered_earlier = any(_lines_of(part) for part in s.folder.glob("chunk-*.jsonl"))
     facts = _in_chunks(engine, prompts, rule, s, size, keep_parts=not skip_failed)
     if engine.notice:
         progress.say(f"{s.label}: {engine.notice}")
@@ -174,7 +173,7 @@ def _in_chunks(
     *,
     keep_parts: bool = False,
 ) -> dict[str, Any]:
-    """All drafts in `drafts.jsonl`; a chunk's file holds what is finished of it, in the order of the prompts."""
+    """All drafts in `drafts.jsonl`; a chunk's file holds what is finished of it, in the end in the prompts' order."""
     engine.check(prompts)
     chunks = [prompts[first : first + size] for first in range(0, len(prompts), size)]
     total = len(prompts) * rule.drafts
@@ -183,21 +182,21 @@ def _in_chunks(
     with progress.track(s.label, total, "drafts") as bar:
         for number, chunk in enumerate([] if merged else chunks):
             path = s.folder / f"chunk-{number:05d}.jsonl"
-            done = {json.loads(line)["prompt"]["id"]: line for line in _lines_of(path)}
-            bar.find(sum(len(json.loads(line)["drafts"]) for line in done.values()))
-            missing = [prompt for prompt in chunk if prompt.id not in done]
-            if not missing:
-                continue
+            found = _lines_of(path)
+            done = {json.loads(line)["prompt"]["id"]: line for line in found}
+            bar.find(sum(len(json.loads(line)["drafts"]) for line in found))
 
             def seen(draft: Draft) -> None:
                 bar.advance(1)
 
-            attempts = engine.run(missing, rule.generate(), seen)
-            events.sample(s.label, attempts)
-            for attempt in attempts:
-                done[attempt.prompt.id] = json.dumps(to_json(attempt), separators=(",", ":"))
-            write_text(path, "".join(done[prompt.id] + "\n" for prompt in chunk if prompt.id in done))
-            failures |= getattr(engine, "failures", {})
+            if missing := [prompt for prompt in chunk if prompt.id not in done]:
+                attempts = _run(engine, missing, rule.generate(), seen, path)
+                events.sample(s.label, attempts)
+                done |= {attempt.prompt.id: _line(attempt) for attempt in attempts}
+                failures |= getattr(engine, "failures", {})
+            lines = [done[prompt.id] for prompt in chunk if prompt.id in done]
+            if missing or lines != found:  # or killed with all of them there, as they came
+                write_text(path, _text(lines))
     if failures:
         write_text(s.folder / FAILURES, json.dumps(failures, indent=2))
     elif (s.folder / FAILURES).is_file() and not merged:
@@ -206,8 +205,38 @@ def _in_chunks(
     return {} if keeps else _merge(s.folder)
 
 
+def _run(
+    engine: local.Local | api.Api,
+    prompts: Sequence[Prompt],
+    generate: Generate,
+    seen: Callable[[Draft], None],
+    path: Path,
+) -> list[Attempt]:
+    """Attempts of an engine. An endpoint's answers are paid for: each attempt is in the file as soon as it is whole."""
+    if not isinstance(engine, api.Api):
+        return engine.run(prompts, generate, seen)
+    write_text(path, _text(_lines_of(path)))  # nothing is appended to half a line
+    with path.open("a") as file:
+
+        def keep(attempt: Attempt) -> None:
+            file.write(_line(attempt) + "\n")
+            file.flush()
+
+        return engine.run(prompts, generate, seen, keep)
+
+
+def _line(attempt: Attempt) -> str:
+    return json.dumps(to_json(attempt), separators=(",", ":"))
+
+
+def _text(lines: Sequence[str]) -> str:
+    return "".join(line + "\n" for line in lines)
+
+
 def _lines_of(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []
+    """The whole lines of a file: a process that was killed, or a full disk, may have left half of the last one."""
+    text = path.read_text() if path.is_file() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
 def _unmerge(folder: Path, prompts: Sequence[Prompt], size: int) -> None:
@@ -215,10 +244,10 @@ def _unmerge(folder: Path, prompts: Sequence[Prompt], size: int) -> None:
     whole = folder / "drafts.jsonl"
     if not whole.is_file() or not (folder / FAILURES).is_file():
         return
-    done = {json.loads(line)["prompt"]["id"]: line + "\n" for line in _lines_of(whole)}
+    done = {json.loads(line)["prompt"]["id"]: line for line in _lines_of(whole)}
     for number, first in enumerate(range(0, len(prompts), size)):
         chunk = [done[prompt.id] for prompt in prompts[first : first + size] if prompt.id in done]
-        write_text(folder / f"chunk-{number:05d}.jsonl", "".join(chunk))
+        write_text(folder / f"chunk-{number:05d}.jsonl", _text(chunk))
     whole.unlink()
 
 
@@ -245,7 +274,22 @@ def train(
     how: Any,
     s: Settings,
 ) -> dict[str, Any]:
-    """Train and save the model; the checkpoint goes once the model is whole."""
+    """Train and save the model; the checkpoint goes once the model is whole.
+
+    From then on the training is not repeated, should the process be killed before its step is done.
+    """
+    done = s.folder / OUTCOME
+    if not done.is_file():
+        outcome = _trained(loaded, reference, examples, how, s)
+        sync_all(s.folder / "model")
+        write_text(done, json.dumps(outcome))
+    training.forget(s.folder)
+    return json.loads(done.read_text())
+
+
+def _trained(
+    loaded: load.Loaded, reference: load.Loaded | None, examples: Sequence[Example], how: Any, s: Settings
+) -> dict[str, Any]:
     keep_freed()
     talk = chat.load(loaded.tokenizer, loaded.end_ids, s.requests, s.options.layout)
     job = training.Job(
@@ -268,8 +312,6 @@ def train(
 
         outcome = training.run(loaded.model, job, log, reference.model if reference else None)
     load.save(loaded, s.folder / "model", card.stage(s.label, how.objective.dump(), len(examples)))
-    for name in training.CHECKPOINTS:
-        shutil.rmtree(s.folder / name, ignore_errors=True)
     return {
         "steps": outcome.num_steps,
         "tokens": outcome.tree_tokens,
@@ -303,16 +345,3 @@ def drift(loaded: load.Loaded, other: load.Loaded, attempts: Sequence[Attempt], 
             count += len(tree.targets_N)
             bar.advance(len(chunk))
     return total / count
-
-
-def publish(source: Path, target: Path, summary: Summary, about: str, refining: card.Refining) -> None:
-    """Copy the final model into the run folder, with a card that shows its turn table, and how it refines."""
-    scratch = target.with_name(f".{target.name}.part")
-    with FileLock(target.with_name(f".{target.name}.lock")):
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.copytree(source, scratch)
-        (scratch / "README.md").write_text(card.final(summary, about))
-        (scratch / card.REFINING).write_text(refining.model_dump_json(indent=2) + "\n")
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(scratch, target)

@@ -20,8 +20,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from upturn.errors import ModelError, first_line, told_by_system
 from upturn.tracking import progress
 
@@ -47,6 +45,11 @@ SHORT_NAMES = {
 
 FETCHED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py")
 """What of a hub's model is fetched from its top folder; templates (*.jinja) may also lie deeper."""
+SHAPING = (
+    *("*config.json", "*.safetensors", "tokenizer.json", "*.jinja", "*.py", "*.model"),
+    *("vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.*"),
+)
+"""What of a folder shapes answers. Each is read once, in this order: a new one comes last, so that keys stay."""
 MEND = "Convert it to a Hugging Face folder, or use another file."
 DAY = 24 * 3600.0
 
@@ -83,11 +86,12 @@ def resolve(name: str) -> str:
 
 def key(folder: Path) -> str:
     """Hash of weights, configs, tokenizer, template and code: a cache knows the model itself and not its path."""
-    twice = set(folder.glob("consolidated*.safetensors")) if any(folder.glob("model*.safetensors")) else set()
+    seen = set(folder.glob("consolidated*.safetensors")) if any(folder.glob("model*.safetensors")) else set()
     digest = hashlib.sha256()
-    for pattern in ("*config.json", "*.safetensors", "tokenizer.json", "*.jinja", "*.py", "*.model"):
-        for path in sorted(set(folder.glob(pattern)) - twice):
+    for pattern in SHAPING:
+        for path in sorted(set(folder.glob(pattern)) - seen):
             digest.update(f"{path.name} {_sha256(path)}".encode())
+            seen.add(path)
     return digest.hexdigest()[:16]
 
 
@@ -235,18 +239,11 @@ def _caching() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not (words := _system_words(error)):
+        told = told_by_system(error)
+        if told is None:
             raise
-        mend = "Free some space, or set UPTURN_CACHE to another folder."
+        words, mend = told.strerror or str(told), "Free some space, or set UPTURN_CACHE to another folder."
         raise ModelError(f"cache {cache_dir()}", f"It cannot be used: {words}.", mend) from error
-
-
-def _system_words(error: Exception) -> str | None:
-    """What the system says, if the error is its own; safetensors and tokenizers give it as text."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    told = told_by_system(str(error)) if type(error) in (SafetensorError, Exception) else None
-    return told.strerror if told else None
 
 
 def _sha256(path: Path) -> str:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from upturn.errors import DataError, RunError
-from upturn.models import policy
+from upturn.models import native, policy
 from upturn.models.chat import Chat
+from upturn.models.native import build
 from upturn.objectives._base import Batch, Loss
 from upturn.tracking import progress
 from upturn.training import frozen, plan, rows
@@ -26,8 +27,13 @@ from upturn.training.optimizer import MasterAdamW
 from upturn.types import Example, Group, Pair, Prompt, Sample
 
 Log = Callable[[dict[str, Any]], None]
-CHECKPOINTS = ("checkpoint", "checkpoint.part", "checkpoint.old")
-"""Folders that a training may leave in its folder; none is needed once the model is saved."""
+CHECKPOINT, OLD, PART = "checkpoint", "checkpoint.old", "checkpoint.part"
+"""The last checkpoint, the one before it while they are swapped, and what is half written or half removed."""
+STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
+ARITHMETIC = "arithmetic.json"
+"""How an unfinished training computes."""
+FROZEN = ("reference", "old")
+"""Models whose log-probs are cached beside the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,7 @@ def run(model: nn.Module, job: Job, log: Log, reference: nn.Module | None = None
     """
     model.eval()  # dropout would make policy and reference differ at step 0
     data = _samples(model, job)
+    _keep_to_one_arithmetic(model, job)
     device = next(model.parameters()).device.type
     steps = plan.steps([rows.tree_size(group) for group in data.groups], job.cfg, job.seed, device)
     sizes = [rows.num_targets(group) for group in data.groups]
@@ -82,6 +89,43 @@ def run(model: nn.Module, job: Job, log: Log, reference: nn.Module | None = None
         found[name] = found[twin] if twin else frozen.logps(other, path, sizes, steps, data.pack, label)
     trainer = _Trainer(model, job, replace(data, cached=found), steps, started_here=reference is None)
     return trainer.run(log)
+
+
+def forget(folder: Path) -> None:
+    """Remove what only an unfinished training needs, under a name that none resumes from: a kill leaves no half."""
+    for place in (folder / CHECKPOINT, folder / OLD):
+        if place.exists():
+            shutil.rmtree(folder / PART, ignore_errors=True)
+            os.replace(place, folder / PART)
+    shutil.rmtree(folder / PART, ignore_errors=True)
+    (folder / ARITHMETIC).unlink(missing_ok=True)
+
+
+def _keep_to_one_arithmetic(model: nn.Module, job: Job) -> None:
+    """Begin anew where what is left of this training was computed otherwise, as before a compiler was there.
+
+    Its steps would not be those of any unbroken run, and its policy would differ from the cached reference.
+    """
+    path, now = job.folder / ARITHMETIC, _arithmetic(model)
+    before = json.loads(path.read_text()) if path.is_file() else now
+    if before != now:
+        told = ", ".join(
+            f"{name} {before.get(name)} before, {now[name]} now" for name in now if now[name] != before.get(name)
+        )
+        progress.say(f"{job.label}: begins anew, as what is left of it was computed otherwise ({told})")
+        for name in FROZEN:
+            (job.folder / f"{name}.safetensors").unlink(missing_ok=True)
+        forget(job.folder)
+    if before != now or not path.is_file():
+        path.with_suffix(".part").write_text(json.dumps(now))
+        os.replace(path.with_suffix(".part"), path)
+
+
+def _arithmetic(model: nn.Module) -> dict[str, str]:
+    """What the bits of a training depend on, besides everything that stands in its key."""
+    weight = next(model.parameters())
+    kernels = native.on_gpu(weight) if weight.is_cuda else build.kernels(weight.dtype) is not None
+    return {"kernels": "yes" if kernels else "no", "device": weight.device.type, "dtype": str(weight.dtype)}
 
 
 def _frozen_models(model: nn.Module, reference: nn.Module | None, job: Job) -> dict[str, nn.Module]:
@@ -135,6 +179,11 @@ def _prompt(example: Example) -> Prompt:
     return example.attempt.prompt if isinstance(example, Group) else example.prompt
 
 
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a training can go on from it: an older version removed checkpoints file by file."""
+    return all((checkpoint / name).is_file() for name in (STATE, OPTIMIZER))
+
+
 class _Trainer:
     def __init__(
         self,
@@ -151,7 +200,7 @@ class _Trainer:
         self.device = next(model.parameters()).device
         self.history: list[dict[str, float]] = []
         self.optimizer = MasterAdamW(model, job.cfg)
-        self.folder = job.folder / "checkpoint"
+        self.folder = job.folder / CHECKPOINT
 
     def run(self, log: Log) -> Outcome:
         first = self._resume()
@@ -245,12 +294,12 @@ class _Trainer:
 
     def _save(self, number: int) -> None:
         """Write a checkpoint beside the old one, then swap: a kill leaves one of them whole."""
-        scratch = self.folder.with_name("checkpoint.part")
+        scratch = self.folder.with_name(PART)
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        self.optimizer.save(scratch / "optimizer.safetensors")
-        (scratch / "state.json").write_text(json.dumps({"step": number, "history": self.history}))
-        old = self.folder.with_name("checkpoint.old")
+        self.optimizer.save(scratch / OPTIMIZER)
+        (scratch / STATE).write_text(json.dumps({"step": number, "history": self.history}))
+        old = self.folder.with_name(OLD)
         shutil.rmtree(old, ignore_errors=True)
         if self.folder.exists():
             os.replace(self.folder, old)
@@ -258,13 +307,14 @@ class _Trainer:
         shutil.rmtree(old, ignore_errors=True)
 
     def _resume(self) -> int:
-        old = self.folder.with_name("checkpoint.old")
-        if not self.folder.exists() and old.exists():
-            os.replace(old, self.folder)  # killed between the two renames of `_save`
-        if not self.folder.exists():
+        old = self.folder.with_name(OLD)
+        if not _is_whole(self.folder) and _is_whole(old):  # killed between the two renames of `_save`
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.replace(old, self.folder)
+        if not _is_whole(self.folder):
             return 0
-        state = json.loads((self.folder / "state.json").read_text())
-        self.optimizer.load(self.folder / "optimizer.safetensors")
+        state = json.loads((self.folder / STATE).read_text())
+        self.optimizer.load(self.folder / OPTIMIZER)
         self.history = state["history"]
         progress.say(f"{self.job.label}: going on after step {state['step']} of {len(self.steps)}")
         return int(state["step"])
