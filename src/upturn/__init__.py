@@ -5,7 +5,7 @@ What most uses need, by one name each. Nothing heavy is imported before it is as
     load_model, load_chat, use_plans     a model with its tokenizer; its chat template; attention by plan
     Engine, Sampling                     sample drafts by any strategy
     build_tree, tree_logprobs            samples -> one token tree -> log-probs of its targets
-    Prompt, Draft, Attempt, Score, Pair, Sample
+    Prompt, Draft, Attempt, Score, Pair, Sample, Requests
                                          the nouns: plain frozen records
     turn_table, transitions, gain        what changes from turn to turn
     run, evaluate                        a recipe from its config; the turn table of any model
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from upturn.models.load import load as load_model
     from upturn.models.policy import tree_logprobs, use_plans
     from upturn.trees import build as build_tree
-    from upturn.types import Attempt, Draft, Pair, Prompt, Sample, Score
+    from upturn.types import Attempt, Draft, Pair, Prompt, Requests, Sample, Score
 
 __all__ = [
     "Attempt",
@@ -37,6 +37,7 @@ __all__ = [
     "Engine",
     "Pair",
     "Prompt",
+    "Requests",
     "Sample",
     "Sampling",
     "Score",
@@ -59,6 +60,7 @@ _PLACES = {
     "Engine": "engines.local:Local",
     "Pair": "types:Pair",
     "Prompt": "types:Prompt",
+    "Requests": "types:Requests",
     "Sample": "types:Sample",
     "Sampling": "engines.sampling:Config",
     "Score": "types:Score",

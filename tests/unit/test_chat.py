@@ -71,7 +71,7 @@ def test_a_template_that_is_not_prefix_preserving_is_quoted_with_a_notice(templa
 def test_a_written_answer_ends_as_the_template_ends_one():
     """The smallest end token is another one here, and what sampling ends with is the template's, in both layouts."""
     words = tiny.tokenizer(tiny.TEMPLATE.replace("</s>", "<a>"))
-    closing = words.convert_tokens_to_ids("<a>")
+    closing = words.get_vocab()["<a>"]
     for layout in ("conversation", "quoted"):
         talk = chat.load(words, [2, closing], Requests("again"), layout)
         assert talk.encode("yes")[-1] == closing > 2

@@ -122,9 +122,14 @@ def test_the_config_of_the_readme_loads(tmp_path: Path, monkeypatch: pytest.Monk
     assert cfg.model_dump()["iterations"] == 2
 
 
-def test_python_of_the_readme_compiles():
-    for block in blocks("README.md", "python"):
-        compile(block, "README.md", "exec")
+def test_python_of_the_readme_runs(tiny_model: Path, capsys: pytest.CaptureFixture[str]):
+    [block] = blocks("README.md", "python")
+    smaller = {"smollm2-135m": str(tiny_model), "0, 100": "0, 3", "max_new_tokens=48": "max_new_tokens=4"}
+    for whole, small in smaller.items():
+        assert whole in block
+        block = block.replace(whole, small)
+    exec(block, {})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:4]] == ["1", "2", "3", "4"]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -13,8 +13,8 @@ Flips        w2r, r2w over the prompts judged at both turns;  a_b - a_a = (w2r -
 Test         McNemar, exact: min(w2r, r2w) ~ Binomial(w2r + r2w, 1/2), two-sided (McNemar 1947)
 Detectable   2.8 * sqrt((w2r + r2w) / n^2), the difference found with 80 % power at the 5 % level
 Gain         100 * (a_b - a_a) with a paired bootstrap: a prompt is resampled with all its turns (Efron 1979)
-Over seeds   runs are resampled, and prompts: crossed where the runs share them, within each drawn run where each has its
-             own (see `stats`)
+Over seeds   runs are resampled, and prompts: crossed where the runs share them, within each drawn run where each has
+             its own (see `stats`)
 Vote         the most frequent final answer of n parallel drafts (Wang et al. 2023, arXiv:2203.11171)
 pass@k       mean of 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, arXiv:2107.03374, eq. 1)
 """

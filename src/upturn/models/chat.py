@@ -133,8 +133,8 @@ def _closing(tokenizer: Any, ends: Sequence[int], request: str) -> int:
         behind = _history(tokenizer, request)[1].partition(_MARK)[2]
     except TemplateError:  # one for single questions only
         behind = ""
-    first = next(iter(tokenizer(behind, add_special_tokens=False)["input_ids"]), None)
-    return next(end for end in (first, tokenizer.eos_token_id, *ends) if end in ends)
+    ids: list[int] = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    return next(end for end in (*ids[:1], tokenizer.eos_token_id, *ends) if end in ends)
 
 
 def _history(tokenizer: Any, request: str) -> tuple[str, str]:

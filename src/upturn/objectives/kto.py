@@ -7,9 +7,9 @@ Equation       desirable    w_D (1 - sigma(beta (l(y|x) - z0)))        l(y|x) = 
 Needs          groups of drafts with values 1 (desirable), -1 (undesirable) or 0 (mismatched: a draft of another
                prompt in this prompt's context, which serves z0 only); reference log-probs.
 Differs        z0 is that of a micro-batch, as in TRL, so the sizes of micro-batches matter: the fewer drafts it is the
-               mean of, the oftener noise lifts it above 0. It is 0 where there is no mismatched draft. The weight counts
-               desirable and undesirable drafts. `rewards/margins` is how far a draft stands on its own side of z0; TRL
-               takes the difference of two means.
+               mean of, the oftener noise lifts it above 0. It is 0 where there is no mismatched draft. The weight
+               counts desirable and undesirable drafts. `rewards/margins` is how far a draft stands on its own side of
+               z0; TRL takes the difference of two means.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ class MasterAdamW:
                 hook.remove()
 
     def _take(self, place: int, weight: Tensor) -> None:
-        """Take over a whole gradient, or add it to those before it. There is none where all of it was added in parts, as
-        that of an output layer of its own."""
+        """Take over a whole gradient, or add it to those before it. There is none where it was added in parts: that of
+        an output layer of its own."""
         grad, weight.grad = weight.grad, None
         if grad is None:
             return
