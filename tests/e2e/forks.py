@@ -140,9 +140,13 @@ def killed_everywhere(recipe: Path) -> dict[str, Any]:
 
 
 def two_at_once(recipe: Path) -> dict[str, Any]:
-    """Two processes on one run folder."""
-    children = [fork(recipe), fork(recipe)]
-    return {"codes": [wait(child) for child in children]}
+    """Two processes on one store, and a third one on the run folder of the first."""
+    shared = f"store={recipe.with_suffix('') / 'store'}"
+    children = [fork(recipe), fork(recipe, lambda: None, f"output_dir={recipe.with_name('twin')}", shared)]
+    while not recipe.with_suffix("").joinpath(".run.pid").exists():
+        time.sleep(0.01)
+    third = wait(fork(recipe))
+    return {"first": children[0], "codes": [wait(child) for child in children], "third": third}
 
 
 def interrupted(recipe: Path) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,10 @@ import tiny
 from typer.testing import CliRunner
 
 from upturn.cli.main import app
+from upturn.lab import session, work
+from upturn.lab.store import at_work
 from upturn.models import load
+from upturn.report import read
 
 Run = Callable[..., str]
 
@@ -243,6 +248,7 @@ def test_a_prompt_longer_than_the_context_is_refused_before_any_work(fails: Run,
     held = rows(tmp_path / "test", {"prompt": "1+1", "answer": "2"}, {"prompt": "1" * 600, "answer": "2"})
     said = fails(with_data(rows(tmp_path, *sums(60)), test_data=str(held)))
     assert "It has 603 tokens with its template, and the model takes 512. 1 of 2" in said
+    assert f", '{'1' * 60}...'\n" in said
     assert not list(tmp_path.glob("first/store/*/chunk-*"))
 
 
@@ -268,7 +274,7 @@ def test_a_verifier_that_raises_is_named_with_the_prompt(fails: Run, tmp_path: P
 def test_all_pairs_tied_says_how_many(fails: Run, tmp_path: Path, verdicts: None):
     said = fails(with_data(rows(tmp_path, *sums(60)), verifier="python:verdicts.tie"))
     assert "selection for sft\n    None of 12 prompts gave an example: " in said
-    assert "tied" in said
+    assert re.search(r"\d+ whose drafts are tied", said)
 
 
 # Run folder and training
@@ -276,9 +282,9 @@ def test_all_pairs_tied_says_how_many(fails: Run, tmp_path: Path, verdicts: None
 
 def test_a_run_folder_that_cannot_be_made_is_named(fails: Run, tmp_path: Path):
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert f"folder {place}\n    It cannot be written" in fails(f"output_dir={place}")
-    assert "It cannot be written" in fails(f"store={tmp_path / 'file' / 'store'}")
+    for place in ("output_dir=file", "output_dir=file/below", "store=file/store"):
+        key, _, below = place.partition("=")
+        assert f"{tmp_path / 'file'} is a file, and no folder." in fails(f"{key}={tmp_path / below}")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -353,6 +359,90 @@ def test_a_model_that_changes_under_a_run_is_noticed(
     said = fails(f"model={changing}")
     assert f"model {changing}\n    Its folder {changing} has changed since this run began." in said
     assert not list(tmp_path.glob("first/store/*/manifest.json"))
+
+
+def names(folder: Path) -> set[str]:
+    """What a run folder says of drafts and steps."""
+    return {path.relative_to(folder).as_posix() for room in ("drafts", "steps") for path in (folder / room).iterdir()}
+
+
+def test_a_changed_run_leaves_nothing_of_the_earlier_one(
+    recipe: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "first"
+    session.run(str(recipe), ["measure.parallel=2"])
+    shutil.copy(folder / "drafts" / "base.jsonl", folder / "drafts" / "base.reward.jsonl")
+    (folder / "drafts" / "notes.txt").write_text("mine")
+    assert [bool(rows.parallel and rows.chain_rewards) for rows in read.read(folder).measured] == [True, False, False]
+    changed = ["seed=7", "measure.parallel=0", "iterations=0"]
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            session.run(str(recipe), changed)
+    half, _ = read.both(folder)
+    assert half.summary.status == "stopped" and half.losses == ()
+    assert [(rows.label, rows.parallel, rows.chain_rewards) for rows in half.measured] == [("base", [], None)]
+    assert "drafts/iteration-1.jsonl" not in names(folder)
+    session.run(str(recipe), changed)
+    fresh = tmp_path / "fresh"
+    session.run(str(recipe), [*changed, f"output_dir={fresh}", f"store={folder / 'store'}"])
+    assert names(folder) == names(fresh) | {"drafts/notes.txt"}
+    assert {label for label, _ in read.read(folder).losses} == {"sft"}
+
+
+def test_what_a_run_planned_and_did_not_do_is_not_that_of_an_earlier_one(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "first"
+    session.run(str(recipe), ["iterations=0"])
+    late = {"drafts/iteration-2.jsonl", "steps/99-train-iteration-2.json"}
+    for name in late:
+        (folder / name).write_text("{}")
+    planned = session._planned
+
+    def more(*told: Any) -> Any:  # as where a selection finds nothing in iteration 2, and the run ends before
+        bench, store = planned(*told)
+        bench.copies |= late
+        return bench, store
+
+    monkeypatch.setattr(session, "_planned", more)
+    session.run(str(recipe), ["iterations=0"])
+    assert not late & names(folder)
+
+
+def test_a_changed_measurement_leaves_nothing_of_the_earlier_one(model: Path, tmp_path: Path):
+    for cfg in ({"turns": 2, "prompts": 2, "parallel": 2}, {"turns": 2, "prompts": 2}):
+        folder, _ = session.evaluate(str(model), "carry", cfg, session.Setting(output_dir=tmp_path / "run"))
+    steps = {"steps/01-generate-measure-model.json", "steps/02-score-measure-model.json"}
+    assert names(folder) == steps | {"drafts/model.jsonl"}
+
+
+def test_a_second_run_in_a_folder_stops_before_it_writes(fails: Run, model: Path, tmp_path: Path):
+    with at_work(tmp_path / "first"):
+        assert f"A run is at work here (process {os.getpid()})." in fails("seed=7")
+        assert not (tmp_path / "first" / "config.yaml").exists()
+        asked = ["eval", "-m", str(model), "--task", "carry", "-n", "2", "--output-dir", str(tmp_path / "first")]
+        assert "A run is at work here" in refused(asked)
+
+
+def test_sigterm_ends_like_ctrl_c(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(work, "train", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    done = CliRunner().invoke(app, ["run", "--quiet", str(recipe)])
+    assert (done.exit_code, signal.getsignal(signal.SIGTERM)) == (143, signal.SIG_DFL)
+    assert done.stderr.strip() == "Stopped. Run the same command again to go on where it stopped."
+    assert json.loads((tmp_path / "first" / "summary.json").read_text())["status"] == "stopped"
+
+
+def test_a_model_that_is_gone_from_the_store_is_named(recipe: Path, fails: Run, tmp_path: Path):
+    session.run(str(recipe), ["iterations=0"])
+    (trained,) = tmp_path.glob("first/store/train-*")
+    shutil.rmtree(trained / "model")
+    said = fails("iterations=0")
+    assert f"folder {trained}\n    The result of this step is damaged: its model is gone.\n    Delete it" in said
 
 
 def test_nan_stops_with_the_step_the_prompts_and_a_repro(fails: Run, tmp_path: Path):

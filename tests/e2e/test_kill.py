@@ -91,9 +91,16 @@ def test_a_killed_run_leaves_no_rubbish_in_the_store(place: Path, outcome: dict[
             assert not [path.name for path in folder.iterdir() if path.name.startswith((".", "checkpoint", "chunk"))]
 
 
-def test_two_processes_on_one_folder_do_no_harm(place: Path, outcome: dict[str, Any], unbroken: dict[str, Any]):
+def test_two_processes_on_one_store_do_no_harm(place: Path, outcome: dict[str, Any], unbroken: dict[str, Any]):
     assert outcome["two"]["codes"] == [0, 0], (place / "two.out").read_text()
     assert_same(small_run.lasting(place / "two"), unbroken, "two")
+    without = {name: content for name, content in unbroken.items() if not name.startswith("store/")}
+    assert_same(small_run.lasting(place / "twin"), without, "two")  # which is called after its config
+
+
+def test_a_second_process_on_one_folder_stops_at_once(place: Path, outcome: dict[str, Any]):
+    assert outcome["two"]["third"] == 2
+    assert f"A run is at work here (process {outcome['two']['first']})." in (place / "two.out").read_text()
 
 
 def test_ctrl_c_stops_within_seconds_and_says_how_to_go_on(outcome: dict[str, Any]):

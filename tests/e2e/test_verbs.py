@@ -173,10 +173,19 @@ def test_a_base_with_other_tokens_is_measured_without_drift(model: Path, tmp_pat
 def test_a_broken_file_is_one_message(model: Path, tmp_path: Path):
     own = tmp_path / "own"
     shutil.copytree(model, own)
-    (own / card.REFINING).write_text("{")
-    wrong = refine(own)
-    assert wrong.exit_code == 2
-    assert card.REFINING in wrong.stderr and "Mend or delete it" in wrong.stderr
+    for text, what in [("{", "EOF while parsing"), ('{"layout": "x"}', "layout: Input should be 'auto',")]:
+        (own / card.REFINING).write_text(text)
+        wrong = refine(own)
+        assert wrong.exit_code == 2
+        assert card.REFINING in wrong.stderr and what in wrong.stderr and "Mend or delete it" in wrong.stderr
+
+
+def test_a_draft_that_the_context_ends_is_not_told_as_too_long(model: Path, capsys: pytest.CaptureFixture[str]):
+    for question, why in [("1+1", "at the length limit"), ("1" * 500, "where the model's context was full")]:
+        for seed in range(5):
+            how = verbs.Asked(None, 1, None, None, temperature=0.7, max_new_tokens=20, seed=seed)
+            [draft] = verbs.refine(question, str(model), how, show=True).drafts
+            assert (f", cut {why}]" in capsys.readouterr().out) != draft.complete
 
 
 def test_a_kept_answer_ends_the_conversation_with_a_line(model: Path, capsys: pytest.CaptureFixture[str]):
@@ -232,3 +241,17 @@ def test_eval_refines_in_a_chain_when_not_told(model: Path, tmp_path: Path):
 
 def steps(folder: Path) -> list[str]:
     return [json.loads(path.read_text())["key"] for path in sorted((folder / "steps").iterdir())]
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(20, "under a minute"), (60, "1 minute"), (130, "2 minutes")])
+def test_a_plan_never_takes_no_time(seconds: float, told: str):
+    steps = [{"name": "train sft", "tokens": 9, "seconds": seconds, "done": False}]
+    plan = {"config": {}, "output_dir": "r", "steps": steps, "tokens": 9, "seconds": seconds}
+    assert session.describe(plan).endswith(f"To do: about 9 tokens, {told} on this machine.")
+
+
+def test_a_run_folder_that_is_a_file_is_told(model: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    wanted = ["eval", "-m", str(model), "--task", "carry", "--output-dir", str(tmp_path / "file")]
+    done = CliRunner().invoke(app, wanted, env={"COLUMNS": "400"})
+    assert done.exit_code == 2 and "is a file." in done.stderr

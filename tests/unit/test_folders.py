@@ -67,10 +67,16 @@ def test_the_key_knows_what_shapes_answers_and_not_the_path(
 
 
 def test_an_unknown_path_names_the_short_names():
-    with pytest.raises(ModelError, match="smollm2-135m"):
+    with pytest.raises(ModelError, match="use one of: carry, smollm2-135m"):
         folders.resolve("./nowhere")
     with pytest.raises(ModelError, match="no such folder"):
         folders.resolve("~nobody-of-this-name/model")
+
+
+def test_a_run_folder_in_the_place_of_its_model_names_the_model(tiny_model: Path, tmp_path: Path):
+    shutil.copytree(tiny_model, tmp_path / "run" / "model")
+    with pytest.raises(ModelError, match=rf"no config.json.\n +Did you mean {tmp_path / 'run' / 'model'}\?"):
+        folders.resolve(str(tmp_path / "run"))
 
 
 def test_the_key_of_a_folder_without_code_is_the_one_it_always_had(tmp_path: Path):

@@ -187,7 +187,7 @@ def test_other_prompts_are_refused_with_their_numbers():
 
 
 def test_nothing_to_compare_is_refused():
-    with pytest.raises(RunError, match="It has 1 arms"):
+    with pytest.raises(RunError, match="There is only one arm, a"):
         compare({"a": [Run(0, "m", chains(OLD))]})
     with pytest.raises(RunError, match="arm b"):
         compare({"a": [Run(0, "m", chains(OLD))], "b": []})

@@ -169,3 +169,84 @@ def test_a_run_without_measurements_cannot_be_compared(tmp_path: Path, arm_runs:
     empty = run_folder.write(tmp_path / "empty", summary_of(), [])
     with pytest.raises(RunError, match="Nothing has been measured yet"):
         reports.side_by_side([arm_runs[0], empty], [], None, tmp_path / "page.html")
+
+
+def refused(arguments: list[str]) -> tuple[str, str]:
+    """What a verb that must fail prints, and its message."""
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2, (done.exit_code, done.output, done.exception)
+    return done.stdout, done.stderr
+
+
+def test_compare_says_what_to_name(arm_runs: list[Path]):
+    assert "No run is named.\n    Name two run folders" in refused(["compare"])[1]
+    assert "There is only one arm, plain.\n" in refused(["compare", str(arm_runs[2])])[1]
+
+
+def test_a_page_that_cannot_be_written_is_told_behind_the_verdict(arm_runs: list[Path]):
+    run = arm_runs[2]
+    (run / "report.html").mkdir()
+    printed, said = refused(["report", str(run)])
+    assert printed.startswith("It ") and "Report:" not in printed
+    assert said.startswith(f"{run / 'report.html'}\n    The page cannot be written: Is a directory.\n    Move this")
+    assert Study.model_validate_json(refused(["report", str(run), "--json"])[0]) == read.study_of(run)
+    assert not list(run.glob(".report*")), "half a page is taken away"
+
+
+@pytest.mark.parametrize(("place", "mend"), [("none", "Make the folder"), ("file", "See that")])
+def test_a_comparison_that_cannot_be_written_is_told(arm_runs: list[Path], tmp_path: Path, place: str, mend: str):
+    (tmp_path / "file").write_text("")
+    _, said = refused(["compare", *map(str, arm_runs), "--output", str(tmp_path / place / "c.html")])
+    assert "The page cannot be written: " in said and f"    {mend} " in said
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.yaml", "drafts/base.jsonl"])
+@pytest.mark.parametrize("verb", ["report", "compare"])
+def test_a_file_that_may_not_be_read_is_told(
+    arm_runs: list[Path], monkeypatch: pytest.MonkeyPatch, verb: str, name: str
+):
+    open_it = Path.open
+
+    def closed(path: Path, *how: Any, **more: Any) -> Any:
+        if path == arm_runs[2] / name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_it(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", closed)
+    runs = arm_runs[2:] if verb == "report" else arm_runs
+    said = refused([verb, *map(str, runs)])[1]
+    assert said.startswith(f"{arm_runs[2] / name}\n    It cannot be read: ") and "Permission denied" in said
+
+
+def test_a_line_that_is_no_text_and_a_summary_that_is_none_are_told(arm_runs: list[Path]):
+    run = arm_runs[2]
+    with (run / "drafts" / "base.jsonl").open("ab") as lines:
+        lines.write(b"\xff\xfe\n")
+    assert f"{run / 'drafts' / 'base.jsonl'}, line 101\n" in refused(["report", str(run)])[1]
+    (run / "summary.json").write_text('{"seed": "x"}')
+    said = refused(["report", str(run)])[1]
+    assert "upturn: Field required; recipe: Field required; name: Field required; and 5 more." in said
+    assert "http" not in said
+
+
+def test_a_difference_that_only_holm_doubts_is_not_called_none(arm_runs: list[Path], tmp_path: Path):
+    _, found, _, _ = reports.side_by_side(arm_runs[1:], [], None, tmp_path / "page.html")
+    last = next(c for c in found.contrasts if c.what == "last turn")
+
+    def said(low: float, high: float) -> str:
+        difference = last.difference.model_copy(update={"value": 0.175, "low": low, "high": high})
+        known = last.model_copy(update={"p_holm": 0.062, "difference": difference})
+        (sentence,) = pages.headlines(found.model_copy(update={"contrasts": (known,)}))
+        return sentence
+
+    assert "17.5 points more often than good-1 at its last turn, but that is not proven after Holm's" in said(0.05, 0.3)
+    assert "cannot be told apart" in said(-0.01, 0.3)
+
+
+def test_tables_keep_their_numbers_in_a_pipe_and_in_a_narrow_terminal(arm_runs: list[Path], tmp_path: Path):
+    wanted = ["compare", *map(str, arm_runs), "--output", str(tmp_path / "page.html")]
+    wide = CliRunner().invoke(app, wanted, env={"COLUMNS": ""}).stdout
+    narrow = CliRunner().invoke(app, wanted, env={"COLUMNS": "40"}).stdout
+    numbers = set(re.findall(r"\d+\.\d", wide))
+    assert "…" not in wide + narrow and numbers and numbers == set(re.findall(r"\d+\.\d", narrow))
+    assert max(map(len, narrow.replace(str(tmp_path), "").splitlines())) <= 40 < max(map(len, wide.splitlines()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from upturn.evaluation.assemble import Measured
 from upturn.evaluation.study import Path as Way
 from upturn.report import drawing, flow, tables, terminal, turn_tables
 from upturn.report.diff import word_diff
-from upturn.report.formats import duration, listing, memory, p_value
+from upturn.report.formats import counted, duration, listing, memory, p_value
 from upturn.types import Score
 
 
@@ -92,6 +93,17 @@ def test_four_turns_fit_an_ordinary_terminal():
     assert "iteration 10" in text and max(len(line) for line in text.splitlines()) <= 80
 
 
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
+def test_a_terminal_too_narrow_for_the_turns_has_a_line_for_each(width: int):
+    rows = [chain(str(place), *(place % (turn + 2) > 0 for turn in range(8))) for place in range(60)]
+    text = shown_in(width, terminal.turn_table(summary_of(rows)))
+    numbers = re.findall(r"\d+\.\d–\d+(?:\.\d)?", shown_in(1000, terminal.turn_table(summary_of(rows))))
+    assert len(numbers) == 8 and "…" not in text and max(map(len, text.splitlines())) <= width
+    together = "".join(text.split())
+    assert all(number in together for number in numbers) and "turn8" in together
+    assert bool(re.search(r"turn 8 +\d+\.\d, \d+\.\d–", text)) == (width in (40, 60, 80))
+
+
 def test_the_terminal_says_that_no_verifier_judged():
     silent = [replace(attempt, scores=(Score(math.nan, False),) * 2) for attempt in chains(2, 20, 78)]
     text = shown_in(120, terminal.turn_table(summary_of(silent)))
@@ -145,3 +157,7 @@ def test_paths_of_chains_that_ended_early_do_not_claim_every_turn():
 def test_memory_and_lists_read_easily():
     assert (memory(640.4), memory(3277)) == ("640 MiB", "3.2 GiB")
     assert (listing([]), listing(["a"]), listing(["a", "b", "c"])) == ("", "a", "a, b and c")
+
+
+def test_one_of_a_kind_has_no_plural():
+    assert [counted(number, "step") for number in (0, 1, 1200)] == ["0 steps", "1 step", "1,200 steps"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from upturn import registry
 from upturn.selection import best_vs_worst, consistency, flips, last_vs_first, right_vs_wrong
-from upturn.selection._base import Selection, label_precision
+from upturn.selection._base import REASONS, Selection, label_precision, why_none
 from upturn.types import Attempt, Draft, Group, Pair, Prompt, Score
 
 NAN = math.nan
@@ -381,3 +382,17 @@ def check_group(group: Group, reject_cut: bool, learns_cut: bool) -> None:
         assert value is not None and math.isfinite(value)
         assert math.isfinite(score.value) or value == 0  # 0: an answer to another prompt
         assert draft.complete or learns_cut or (value < 0 and reject_cut)
+
+
+@pytest.mark.parametrize("name", registry.names("selection"))
+def test_every_reason_has_words(name: str):
+    dropped = (registry.find("selection", name).select.__doc__ or "").partition("Dropped:")[2]
+    reasons = {" ".join(reason.split()) for reason in re.findall(r"'([^']+)'", dropped)}
+    assert reasons and reasons <= set(REASONS)
+
+
+def test_where_no_prompt_gave_an_example_prompts_are_counted_and_not_slots():
+    none = best_vs_worst.select([attempt([0.0, 1.0])] * 3, best_vs_worst.Config(min_chosen=2, pairs_per_prompt=4))
+    assert none.dropped == {"low": 12}
+    assert why_none(none.dropped, 3) == "3 whose best draft scores below min_chosen"
+    assert why_none({"own words": 2, "tied": 1}, 3) == "2 own words, 1 whose drafts are tied"

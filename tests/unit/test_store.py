@@ -13,7 +13,7 @@ import pytest
 from safetensors import SafetensorError
 
 from upturn.errors import RunError
-from upturn.lab.store import MANIFEST, Planned, Store, key_of, write_json, writing
+from upturn.lab.store import MANIFEST, PID, Planned, Store, at_work, key_of, write_json, writing
 from upturn.tracking import progress
 
 
@@ -142,6 +142,33 @@ def test_json_is_written_whole_and_sorted(tmp_path: Path):
     write_json(tmp_path / "a.json", {"b": 1, "a": 2})
     assert (tmp_path / "a.json").read_text() == '{\n  "a": 2,\n  "b": 1\n}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("left", ["", '{"facts": {"count"', "[]", "{}", None])
+def test_a_result_with_a_damaged_manifest_is_done_again(tmp_path: Path, left: str | None):
+    done: list[str] = []
+    manifest = Store(tmp_path).do("step", 1, {}, [], worker(done)).folder / MANIFEST
+    manifest.unlink() if left is None else manifest.write_text(left)
+    (manifest.parent / "other.txt").write_text("of what is damaged")
+    plan = Planned(tmp_path)
+    plan.plan("a step", "step", 1, {}, [], {})
+    assert [step["done"] for step in plan.steps] == [False]
+    again = Store(tmp_path).do("step", 1, {}, [], worker(done))
+    assert done == ["work", "work"] and not again.cached
+    assert sorted(path.name for path in again.folder.iterdir()) == [MANIFEST, "result.txt"]
+
+
+def test_a_run_folder_has_one_run_at_a_time(tmp_path: Path):
+    folder = tmp_path / "run"
+    refused = rf"run folder {folder}\n    A run is at work here \(process {os.getpid()}\).\n    Wait for it, or set"
+    with at_work(folder):
+        with pytest.raises(RunError, match=refused), at_work(folder):
+            raise AssertionError
+        with at_work(tmp_path / "other"):
+            pass
+    (folder / PID).write_text("1")
+    with at_work(folder):
+        assert (folder / PID).read_text() == str(os.getpid())
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,31 @@ def test_a_checkpoint_that_lost_a_file_counts_for_nothing(
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 
 
+@pytest.mark.parametrize("size", [0, 40])
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (f"{train.CHECKPOINT}/{train.STATE}", "test: its checkpoint is damaged, so it begins anew"),
+        (f"{train.CHECKPOINT}/{train.OPTIMIZER}", "test: its checkpoint is damaged, so it begins anew"),
+        (
+            "reference.safetensors",
+            "test: reference: reference.safetensors is damaged, so its values are computed again",
+        ),
+        (train.ARITHMETIC, "test: begins anew, as what is left of it was computed otherwise (kernels unknown before"),
+    ],
+)
+def test_a_damaged_file_of_progress_counts_for_nothing(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, told: str, size: int
+):
+    stopped(tiny_model, tmp_path / "a")
+    damaged = tmp_path / "a" / name
+    damaged.write_bytes(damaged.read_bytes()[:size])
+    found, said = gone_on(tiny_model, tmp_path / "a", monkeypatch)
+    assert said[0].startswith(told)
+    whole, _ = gone_on(tiny_model, tmp_path / "b", monkeypatch)
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
 def test_what_no_training_needs_any_more_is_never_half_there(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -11,9 +11,11 @@ import pytest
 
 from upturn.config import plugin
 from upturn.engines import _slots, sampling
+from upturn.errors import RunError
 from upturn.lab import work
+from upturn.lab.lab import Attempts, Examples
 from upturn.models import chat, load
-from upturn.types import Prompt, Requests
+from upturn.types import Attempt, Group, Prompt, Requests, to_json
 
 PROMPTS = [Prompt("p", "1+1")]
 
@@ -62,6 +64,42 @@ def test_a_training_whose_model_is_saved_is_not_repeated(
             work.train(loaded, None, [], how, settings)
     assert work.train(loaded, None, [], how, settings)["row_tokens"] == 3
     assert runs == [1] and not (tmp_path / work.training.CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize("left", ["", '{"steps"'])
+def test_a_training_whose_outcome_is_damaged_is_repeated(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+):
+    monkeypatch.setattr(work, "_trained", lambda *_: {"steps": 1})
+    (tmp_path / "model").mkdir()
+    (tmp_path / work.OUTCOME).write_text(left)
+    loaded: Any = None
+    settings = work.Settings("step", tmp_path, Requests("again"), None, seed=0)
+    assert work.train(loaded, None, [], None, settings) == {"steps": 1}
+
+
+ATTEMPT = Attempt(PROMPTS[0], ())
+
+
+@pytest.mark.parametrize(
+    ("second", "told"),
+    [
+        ('{"prompt": {"id"\n', "line 2 of records.jsonl cannot be read"),
+        ("[]\n", "line 2 of records.jsonl cannot be read"),
+        ("", "records.jsonl has 1 lines and should have 2"),
+        (None, "its records.jsonl is gone"),
+    ],
+)
+def test_a_damaged_result_is_told_with_its_folder(tmp_path: Path, second: str | None, told: str):
+    path = tmp_path / "records.jsonl"
+    examples = Examples("key", path, 2, {}, None, None)
+    for result, record in ((Attempts("key", path, 2), ATTEMPT), (examples, Group(ATTEMPT, ()))):
+        if second is not None:
+            path.write_text(json.dumps(to_json(record)) + "\n" + second)
+        with pytest.raises(RunError) as raised:
+            result.read()
+        whole = f"folder {tmp_path}\n    The result of this step is damaged: {told}.\n    "
+        assert str(raised.value) == whole + "Delete it and run the same command again."
 
 
 def test_a_slot_holds_question_draft_request_and_draft(tiny_model: Path):

@@ -7,8 +7,11 @@ import functools
 import gc
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
@@ -41,20 +44,43 @@ TaskSettings = Annotated[list[str] | None, typer.Argument(help="Settings of the 
 
 
 def friendly(verb: Callable[P, None]) -> Callable[P, None]:
-    """One clear message for what the user can mend, and exit code 2; Ctrl-C says how to go on."""
+    """One clear message for what the user can mend, and exit code 2; Ctrl-C and SIGTERM say how to go on."""
 
     @functools.wraps(verb)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            verb(*args, **kwargs)
+            with _terminated_like_interrupted():
+                verb(*args, **kwargs)
         except UpturnError as error:
             typer.secho(str(error), err=True, fg="red")
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             typer.echo("\nStopped. Run the same command again to go on where it stopped.", err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
 
     return guarded
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, with which Slurm, Docker and systemd stop what runs: the same end as Ctrl-C."""
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Let SIGTERM stop a verb as Ctrl-C does, unless somebody has seen to it; else a run would say that it goes on."""
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _quiet(quiet: bool, as_json: bool) -> None:
@@ -88,11 +114,9 @@ def run(
     if as_json:
         _print_json(json.loads(summary.model_dump_json()))
         return
-    from rich.console import Console
-
     from upturn.report import read, terminal
 
-    console = Console()
+    console = terminal.console()
     console.print(terminal.turn_table(summary))
     console.print(terminal.verdict(read.study_of(folder)), highlight=False)
     console.print(f"Report: {folder / 'report.html'}\nModel:  {folder / 'model'}", highlight=False, soft_wrap=True)
@@ -136,7 +160,9 @@ def evaluate(
     seed: Seed = 0,
     data: Data = None,
     dtype: Dtype = "auto",
-    output_dir: Annotated[Path | None, typer.Option(help="Run folder; runs/eval-... when not given.")] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Run folder; runs/eval-... when not given.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -154,12 +180,11 @@ def evaluate(
     if as_json:
         _print_json(json.loads(summary.model_dump_json()))
         return
-    from rich.console import Console
-
     from upturn.report import terminal
 
-    Console().print(terminal.turn_table(summary))
-    Console().print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    console = terminal.console()
+    console.print(terminal.turn_table(summary))
+    console.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -184,7 +209,9 @@ def diagnose(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for an answer, with --api.")] = 60,
     stream: Annotated[bool, typer.Option(help="Let answers come in pieces: then no piece may take longer.")] = False,
     skip_failed: Annotated[bool, typer.Option(help="Go on without prompts that the endpoint does not answer.")] = False,
-    output_dir: Annotated[Path | None, typer.Option(help="Run folder; runs/diagnose-... when not given.")] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Run folder; runs/diagnose-... when not given.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -217,13 +244,13 @@ def report(
 ) -> None:
     """Write the page of a run anew from its files, and print the verdict."""
     from upturn.cli import reports
-    from upturn.report import terminal
+    from upturn.report import read, terminal
 
-    path, study = reports.report(run, open_page=open_page)
-    if as_json:
-        _print_json(json.loads(study.model_dump_json()))
-        return
-    typer.echo(f"{terminal.verdict(study)}\nReport: {path}")
+    found, study = read.both(run)
+    _print_json(json.loads(study.model_dump_json())) if as_json else typer.echo(terminal.verdict(study))
+    path = reports.write_page(found, study, open_page=open_page)  # last: a folder that is only read has a verdict too
+    if not as_json:
+        typer.echo(f"Report: {path}")
 
 
 @app.command()

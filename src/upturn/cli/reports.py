@@ -21,19 +21,23 @@ Arms = dict[str, list[Path]]
 """Name -> run folders."""
 
 
-def report(folder: Path, *, open_page: bool) -> tuple[Path, Study]:
-    """Write the page of a run anew and return its path and the numbers on it."""
-    run, study = read.both(folder)
-    path = page.write(folder / page.FILE, page.render(run, study))
+def write_page(run: read.Run, study: Study, *, open_page: bool) -> Path:
+    """Write the page of a run anew and return its path. Raises RunError where that cannot be."""
+    path = page.write(run.folder / page.FILE, page.render(run, study))
     if open_page:
         webbrowser.open(path.resolve().as_uri())
-    return path, study
+    return path
 
 
 def side_by_side(
     runs: Sequence[Path], explicit: Sequence[str], against: str | None, output: Path
 ) -> tuple[Path, Comparison, list[shapes.ArmCurve], list[str]]:
-    """Compare arms; write the page; return its path, the numbers, the curves, and how runs became arms."""
+    """Compare arms; write the page; return its path, the numbers, the curves, and how runs became arms.
+
+    Raises RunError where no run is named, one cannot be read, or the page cannot be written.
+    """
+    if not runs and not explicit:
+        raise RunError("compare", "No run is named.", "Name two run folders or more: upturn compare runs/a runs/b")
     folders, notes = arms_of(runs, explicit)
     names = _reference_first(list(folders), against)
     loaded = {name: [last_model(folder) for folder in folders[name]] for name in names}
@@ -142,11 +146,9 @@ def last_of(found: read.Run) -> Run:
 
 def show_comparison(path: Path, found: Comparison, curves: Sequence[shapes.ArmCurve], notes: Sequence[str]) -> None:
     """Print the tables, what they say, and where the page is."""
-    from rich.console import Console
-
     from upturn.report import terminal
 
-    console = Console()
+    console = terminal.console()
     for note in notes:
         console.print(note, style="dim", highlight=False)
     for table in (pages.arm_table(found, curves), pages.contrast_table(found)):

@@ -88,12 +88,10 @@ def _strategy(name: str | None, own: dict[str, Any], turns: int) -> dict[str, An
 
 def show_diagnosis(folder: Path, study: Study) -> None:
     """The verdict, the turns of the model, its controls, and where the page lies."""
-    from rich.console import Console
-
     from upturn.evaluation.summary import Summary
     from upturn.report import terminal
 
-    console = Console()
+    console = terminal.console()
     console.print(terminal.turn_table(Summary.read(folder / "summary.json")))
     console.print(terminal.verdict(study), style="bold", highlight=False)
     console.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
@@ -133,7 +131,7 @@ def _refine(question: str, model: str, how: Asked, console: Console, types: Type
     def on_draft(draft: Draft) -> None:
         types(None)
         if not console.quiet:
-            _show(console, draft, seen)
+            _show(console, draft, seen, how.max_new_tokens)
         seen[draft.index] = draft
 
     engine = local.Local(loaded.model, talk, lengths, seed=how.seed, slots=1)
@@ -146,7 +144,7 @@ def _refine(question: str, model: str, how: Asked, console: Console, types: Type
     return attempt
 
 
-def _show(console: Console, draft: Draft, seen: Mapping[int, Draft]) -> None:
+def _show(console: Console, draft: Draft, seen: Mapping[int, Draft], limit: int) -> None:
     """Print one draft, with its changes against the last answer among the drafts that it was shown."""
     from upturn.report import terminal
 
@@ -155,7 +153,8 @@ def _show(console: Console, draft: Draft, seen: Mapping[int, Draft]) -> None:
     changed = shown and not same and console.is_terminal  # without colours a diff reads like one text
     text = terminal.diff(shown[-1], draft.text) if changed else draft.text
     title = "Turn" if draft.kind == "answer" else "Critique of turn"
-    cut = "" if draft.complete else ", cut at the length limit"
+    why = "at the length limit" if draft.num_tokens >= limit else "where the model's context was full"
+    cut = "" if draft.complete else f", cut {why}"
     console.print(
         f"{title} {draft.turn}{' (unchanged)' if same else ''} [{draft.num_tokens} tokens{cut}]",
         style=_STYLES[draft.kind][0],

@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from upturn.evaluation.phrases import counted
 from upturn.report.diff import word_diff
 from upturn.tracking.replay import Answer, Measured, Replay, Sample, Source, Status, Step
 
@@ -141,7 +142,8 @@ def _header(replay: Replay, now: float, width: int) -> RenderableType:
     start, status = replay.start, replay.status()
     grid = _grid(width)
     past = sum(step.state in ("done", "cached") for step in replay.steps)
-    steps = f" · {past} of {len(replay.steps)} steps" if "steps" in start else f" · {past} steps"
+    of_all = f"{past} of " if "steps" in start else ""
+    steps = f" · {of_all}{counted(len(replay.steps) if of_all else past, 'step')}"
     title = Text.assemble((start.get("name", "run"), "bold"), f" · {start.get('recipe', '')}")
     grid.add_row(title, Text(_standing(replay, now), style=_COLOURS.get(status, "yellow")))
     host = "" if replay.here else f" on {start.get('host')}"
@@ -232,7 +234,7 @@ def _loss(replay: Replay, width: int) -> RenderableType:
     label, losses = list(replay.losses.items())[-1]
     values = [losses[step] for step in sorted(losses)]
     line = sparkline(values, min(60, width - 20))
-    head = Text(f"loss of {label}, {len(values)} steps", style="dim")
+    head = Text(f"loss of {label}, {counted(len(values), 'step')}", style="dim")
     return Group(head, Text.assemble(f"{values[0]:.4f} ", (line, "cyan"), f" {values[-1]:.4f}"))
 
 
@@ -243,7 +245,9 @@ def _steps(replay: Replay, now: float, few: int, width: int) -> RenderableType:
     first = max(0, min(present - few // 2, len(steps) - few))
     grid = _grid(width)
     if before := steps[:first]:
-        grid.add_row(Text(f"✓ {len(before)} steps before", style="dim"), _time(sum(step.seconds for step in before)))
+        grid.add_row(
+            Text(f"✓ {counted(len(before), 'step')} before", style="dim"), _time(sum(step.seconds for step in before))
+        )
     for step in steps[first : first + few]:
         grid.add_row(*_step(step, now, broken))
     if after := steps[first + few :]:

@@ -44,6 +44,8 @@ TEMPLATE_TOKENS = 16
 """Least common beginning of all contexts that is worth a forward pass of its own."""
 OVERLAP = 64
 """Fewest running drafts that are fed in two halves, by turns: one on the device, one in the program."""
+BEGINNING = 60
+"""Characters of a prompt that a message quotes."""
 
 
 class Local:
@@ -77,7 +79,7 @@ class Local:
         long = [place for place, size in enumerate(sizes) if size >= self.longest]
         if long:
             raise DataError(
-                f"prompt {prompts[long[0]].id}",
+                f"prompt {prompts[long[0]].id}, '{_beginning(prompts[long[0]].text)}'",
                 f"It has {sizes[long[0]]} tokens with its template, and the model takes {self.longest}. "
                 f"{len(long)} of {len(prompts)} prompts are too long.",
                 "Drop or shorten such prompts, or use a model with a longer context.",
@@ -317,6 +319,12 @@ class Local:
         for hole, row in zip(holes, reversed(busy), strict=False):
             self._cache.swap(hole, row, max(len(self._slots[hole].ids), len(self._slots[row].ids)))
             self._slots[hole], self._slots[row] = self._slots[row], self._slots[hole]
+
+
+def _beginning(text: str) -> str:
+    """The first words of a prompt, by which it can be found where its id is a hash."""
+    words = " ".join(text.split())
+    return words if len(words) <= BEGINNING else f"{words[:BEGINNING]}..."
 
 
 async def _settle() -> None:

@@ -119,7 +119,8 @@ def compare(arms: Mapping[str, Sequence[Run]], seed: int = 0, against: str | Non
 def _prompts(arms: Mapping[str, Sequence[Run]]) -> list[str]:
     """The ids that all arms share, in the order of the first."""
     if len(arms) < 2:
-        raise RunError("comparison", f"It has {len(arms)} arms.", "Name two runs or more.")
+        what = f"There is only one arm, {next(iter(arms))}." if arms else "There is no arm."
+        raise RunError("comparison", what, "Name two runs or more, or another arm with --arm NAME=RUN,RUN.")
     texts = {name: {a.prompt.id: a.prompt.text for run in runs for a in run.chain} for name, runs in arms.items()}
     for name, runs in arms.items():
         if not runs or not all(run.chain for run in runs):

@@ -28,3 +28,8 @@ def between(interval: Interval, scale: float = 1.0) -> str:
 def percent(share: float) -> str:
     """'23.4%'."""
     return f"{100 * share:.1f}%"
+
+
+def counted(number: int, noun: str) -> str:
+    """'1 step', '2 steps', '1,200 steps'."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from upturn._model import Strict
+from upturn._model import Strict, problems
 from upturn.errors import RunError
 from upturn.evaluation.turns import Gain, Majority, Transition, TurnRow, gain, judged, transitions, turn_table
 from upturn.types import Attempt
@@ -137,9 +137,12 @@ class Summary(Strict):
         except FileNotFoundError as error:
             mend = "Give the folder of a run that has measured something."
             raise RunError(str(path), "There is no such file.", mend) from error
+        except OSError as error:
+            mend = "See that it is a file that you may read."
+            raise RunError(str(path), f"It cannot be read: {error.strerror or error}.", mend) from error
         except (ValidationError, UnicodeDecodeError) as error:
             mend = "Run the same command again: it writes the file anew."
-            raise RunError(str(path), f"This is not a summary of a run: {error}", mend) from error
+            raise RunError(str(path), f"This is not a summary of a run: {problems(error)}.", mend) from error
 
 
 def measure(

@@ -16,10 +16,10 @@ from upturn.engines.sampling import Config as Sampling
 from upturn.errors import ConfigError, DataError, NothingToLearn, RunError
 from upturn.evaluation import summary
 from upturn.lab import estimate
-from upturn.lab.lab import Attempts, Examples, Measure, Model, Options, Training
+from upturn.lab.lab import Attempts, Examples, Measure, Model, Options, Training, damaged
 from upturn.lab.store import Planned, Result, Steps, write_json, write_text
 from upturn.models.chat import VERSION as CHAT_VERSION
-from upturn.selection._base import label_precision
+from upturn.selection._base import label_precision, why_none
 from upturn.strategies._base import num_drafts
 from upturn.tracking import events, progress
 from upturn.types import GENERIC_CRITIQUE, Prompt, Requests, answers, to_json
@@ -50,6 +50,8 @@ class Bench:
     """Whether to go on without the prompts that an endpoint does not answer."""
     measured: list[Model] = field(default_factory=list)
     """In the order they were measured."""
+    copies: set[str] = field(default_factory=set)
+    """Names in the run folder of what is copied there from the store: what a run has written, or a plan would."""
     _open: dict[str, Any] = field(default_factory=dict)
     _metrics: list[str] = field(default_factory=list)
     _outside: dict[str, Path] = field(default_factory=dict)
@@ -160,7 +162,7 @@ class Bench:
             groups = [attempt for source in sources for attempt in source.read()]
             chosen = selector.module.select(groups, selector.cfg, self.task.vote_key)
             if not chosen.examples:
-                reasons = ", ".join(f"{count} {reason}" for reason, count in chosen.dropped.items())
+                reasons = why_none(chosen.dropped, len(groups))
                 raise NothingToLearn(
                     f"selection for {label}",
                     f"None of {len(groups)} prompts gave an example: {reasons}.",
@@ -223,9 +225,10 @@ class Bench:
         epochs = how.train.num_train_epochs
         guess = {"tokens": estimate.training_tokens(examples.count, rows, self.task.max_new_tokens, epochs)}
         result = self._do("train", label, config, [model.key, examples.key], work, guess)
+        self.copies.add("metrics.jsonl")
         if self.dry:
             return Model(result.key, result.folder / "model", label)
-        entries = map(json.loads, (result.folder / "metrics.jsonl").read_text().splitlines())
+        entries = _trained(result.folder)
         self._metrics += (json.dumps(entry | {"label": label}) + "\n" for entry in entries)  # as it is called here
         write_text(self.run_dir / "metrics.jsonl", "".join(self._metrics))
         facts = result.manifest["facts"]
@@ -303,7 +306,9 @@ class Bench:
     ) -> Result:
         name = f"{step} {label}"
         if isinstance(self.store, Planned):
-            return self.store.plan(name, step, VERSIONS[step], config, inputs, guess)
+            planned = self.store.plan(name, step, VERSIONS[step], config, inputs, guess)
+            self.copies.add(_step_file(len(self.store.steps), name))
+            return planned
 
         def begin(folder: Path) -> dict[str, Any]:
             events.emit("stage", name=name, state="began")
@@ -323,9 +328,10 @@ class Bench:
             peak_memory_mb=result.manifest.get("peak_memory_mb"),
         )
         self._report(stages=(*self.summary.stages, stage))
-        place = self.run_dir / "steps" / f"{len(self.summary.stages):02d}-{name.replace(' ', '-')}.json"
-        place.parent.mkdir(exist_ok=True)
-        write_json(place, {"key": result.key, "folder": str(result.folder), "facts": facts})
+        told = _step_file(len(self.summary.stages), name)
+        (self.run_dir / told).parent.mkdir(exist_ok=True)
+        write_json(self.run_dir / told, {"key": result.key, "folder": str(result.folder), "facts": facts})
+        self.copies.add(told)
         return result
 
     def _report(self, **changes: Any) -> None:
@@ -357,6 +363,23 @@ class Bench:
         from upturn.lab import work as jobs
 
         return jobs.Settings(label, folder, self.requests, self.options, jobs.seed_for(purpose, self.seed))
+
+
+def _step_file(number: int, name: str) -> str:
+    """Where a run folder says which result a step has."""
+    return f"steps/{number:02d}-{name.replace(' ', '-')}.json"
+
+
+def _trained(folder: Path) -> list[dict[str, Any]]:
+    """The optimizer steps of a training. Raises RunError where its model, which others start from, is not there."""
+    try:
+        entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    except (FileNotFoundError, ValueError) as error:
+        raise damaged(folder, "its metrics.jsonl cannot be read") from error
+    model = folder / "model"
+    if not (model / "config.json").is_file() or not any(model.glob("*.safetensors")):
+        raise damaged(folder, "its model is gone")
+    return entries
 
 
 def _lines(records: Sequence[Any]) -> str:

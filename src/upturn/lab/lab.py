@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,7 @@ from upturn._model import Strict
 from upturn.config import Objective, Plugin, Strategy, written
 from upturn.engines.api import Endpoint
 from upturn.engines.sampling import Config as Sampling
+from upturn.errors import RunError
 from upturn.models.chat import Layout
 from upturn.tracking import trackers
 from upturn.training import plan
@@ -22,6 +23,7 @@ from upturn.types import Attempt, Example, Prompt, attempt_from_json, example_fr
 
 Track = trackers.Chosen
 """Experiment trackers that a run is sent to, by name; they change no result and stand in no key."""
+Record = TypeVar("Record")
 
 
 class Options(Strict):
@@ -61,9 +63,8 @@ class Attempts:
     """What judged them."""
 
     def read(self) -> list[Attempt]:
-        """All attempts."""
-        with self.path.open() as file:
-            return [attempt_from_json(json.loads(line)) for line in file]
+        """All attempts. Raises RunError where the file is not what the step wrote."""
+        return _records(self.path, self.num_prompts, attempt_from_json)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,29 @@ class Examples:
     """Share of the pairs whose chosen draft has the lower turn; None for groups."""
 
     def read(self) -> list[Example]:
-        """All of them."""
-        with self.path.open() as file:
-            return [example_from_json(json.loads(line)) for line in file]
+        """All of them. Raises RunError where the file is not what the step wrote."""
+        return _records(self.path, self.count, example_from_json)
+
+
+def damaged(step: Path, what: str) -> RunError:
+    """The message for a step's result of which something is broken or gone; only the step itself can make it again."""
+    told = f"The result of this step is damaged: {what}."
+    return RunError(f"folder {step}", told, "Delete it and run the same command again.")
+
+
+def _records(path: Path, count: int, made: Callable[[Any], Record]) -> list[Record]:
+    found: list[Record] = []
+    try:
+        with path.open() as lines:
+            for line in lines:
+                found.append(made(json.loads(line)))
+    except FileNotFoundError as error:
+        raise damaged(path.parent, f"its {path.name} is gone") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise damaged(path.parent, f"line {len(found) + 1} of {path.name} cannot be read") from error
+    if len(found) != count:
+        raise damaged(path.parent, f"{path.name} has {len(found)} lines and should have {count}")
+    return found
 
 
 class Lab(Protocol):

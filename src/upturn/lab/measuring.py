@@ -50,6 +50,7 @@ def measure(bench: Bench, asked: Asked, cfg: Measure, scorer: Plugin | None) -> 
     drift = {} if asked.upstream else _drift(bench, asked.model, chains, label)
     if bench.dry:
         return None
+    _drop_others(bench, label)
     vote = turns.majority(fresh.read()) if fresh else None
     row = summary.measure(label, asked.iteration, chains.read(), vote=vote, drift=drift, seed=bench.seed)
     return row.model_copy(update=_pairing(asked, scorer))
@@ -77,11 +78,23 @@ def _judged(bench: Bench, drafts: Attempts, judges: Sequence[Plugin], label: str
     names = ["", " reward"][: len(judges)]
     found = [bench.score(drafts, judge, f"{kind} {label}{name}") for judge, name in zip(judges, names, strict=True)]
     for scored, name in zip(found, names, strict=True):
+        copy = summary.drafts_file(label, parallel=parallel, reward=bool(name))
+        bench.copies.add(copy)
         if not bench.dry:
-            target = bench.run_dir / summary.drafts_file(label, parallel=parallel, reward=bool(name))
-            target.parent.mkdir(exist_ok=True)
-            write_text(target, scored.path.read_text())
+            scored.read()  # a damaged result is told where it lies, and not copied
+            (bench.run_dir / copy).parent.mkdir(exist_ok=True)
+            write_text(bench.run_dir / copy, scored.path.read_text())
     return found[0]
+
+
+def _drop_others(bench: Bench, label: str) -> None:
+    """Drop this label's drafts that an earlier measurement left and this one has none of, such as another model's
+    controls: whoever reads the folder takes them for this model's."""
+    for parallel in (False, True):
+        for reward in (False, True):
+            name = summary.drafts_file(label, parallel=parallel, reward=reward)
+            if name not in bench.copies:
+                (bench.run_dir / name).unlink(missing_ok=True)
 
 
 def _speak_alike(*folders: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from upturn.evaluation.summary import Summary
 from upturn.lab import estimate
 from upturn.lab.bench import Bench
 from upturn.lab.lab import Measure, Options
-from upturn.lab.store import Planned, Store, unwritable, write_text, writing
+from upturn.lab.store import Planned, Store, at_work, unwritable, write_text, writing
 from upturn.models.chat import Layout
 from upturn.strategies._base import num_drafts
 from upturn.tracking import events, trackers
@@ -26,17 +26,23 @@ from upturn.types import Requests
 
 CONFIG = "config.yaml"
 """Name of the resolved settings in a run folder."""
+COPIES = ("drafts/*.jsonl", "steps/[0-9][0-9]*-*.json", "metrics.jsonl")
+"""What a run folder holds as copies of results in the store."""
 
 
 def run(name: str, overrides: Sequence[str]) -> tuple[Path, Summary]:
     """Run a recipe, or go on with it. Returns the run folder and the summary."""
     run_name, recipe, cfg = config.load(name, overrides)
-    _, planned = _planned(run_name, recipe, cfg)  # finds what is missing for a late step before the first one
-    bench = _bench(run_name, recipe, cfg, config.file_of(name))
+    would, planned = _planned(run_name, recipe, cfg)  # finds what is missing for a late step before the first one
+    settled, given = _settled(recipe, cfg), config.file_of(name)
+    _refuse_another_config(would.run_dir, settled, given)  # before anything is written there
     steps = [step["name"] for step in planned.steps]
-    with writing(bench.run_dir), _told(bench, steps, cfg), _stopped_if_it_fails(bench):
-        recipe.run(cfg, bench)
-        return _finish(bench)
+    with at_work(would.run_dir):
+        bench = _bench(run_name, recipe, cfg, given, would.copies)
+        earlier = _copies(bench.run_dir)
+        with writing(bench.run_dir), _told(bench, steps, cfg), _stopped_if_it_fails(bench):
+            recipe.run(cfg, bench)
+            return _finish(bench, earlier)
 
 
 def _name(recipe: ModuleType) -> str:
@@ -131,22 +137,56 @@ def _measured(
     how = {"measure": cfg.model_dump(), "options": options.model_dump(), "seed": s.seed}
     settled = {"recipe": recipe} | what | how
     _refuse_another_config(folder, settled, fixed=what)
-    bench = Bench(folder, _store(folder, None), plugin, options, s.seed, summary, skip_failed=s.skip_failed)
-    if s.requests and not any(setting.startswith(("refine_request", "critique_request")) for setting in s.task):
-        bench.requests = s.requests  # a model is measured as it was trained
-    _write_config(folder, settled)
-    with writing(folder), _told(bench), _stopped_if_it_fails(bench):
-        for label, model in models.items():
-            bench.measure(bench.load(model) if isinstance(model, str) else bench.behind(model), cfg, label)
-        return _finish(bench)
+    with at_work(folder):
+        _refuse_another_config(folder, settled, fixed=what)  # which may have come since
+        bench = Bench(folder, _store(folder, None), plugin, options, s.seed, summary, skip_failed=s.skip_failed)
+        if s.requests and not any(setting.startswith(("refine_request", "critique_request")) for setting in s.task):
+            bench.requests = s.requests  # a model is measured as it was trained
+        earlier = _copies(folder)
+        _write_config(folder, settled)
+        with writing(folder), _told(bench), _stopped_if_it_fails(bench):
+            for label, model in models.items():
+                bench.measure(bench.load(model) if isinstance(model, str) else bench.behind(model), cfg, label)
+            return _finish(bench, earlier)
 
 
-def _bench(run_name: str, recipe: ModuleType, cfg: Any, given: Path) -> Bench:
-    folder, settled = _folder(run_name, cfg), {"recipe": _name(recipe)} | cfg.model_dump(mode="json")
+def _bench(run_name: str, recipe: ModuleType, cfg: Any, given: Path, copies: Set[str]) -> Bench:
+    """The lab of a run, in a folder that holds no more than this run and earlier ones of its plan have copied there."""
+    folder, settled = _folder(run_name, cfg), _settled(recipe, cfg)
     _refuse_another_config(folder, settled, given)
     store = _store(folder, cfg.store)
+    with writing(folder):
+        _make_way(folder, settled, copies)
     _write_config(folder, settled)
     return Bench(folder, store, cfg.task, cfg.options, cfg.seed, _summary(run_name, recipe, cfg), cfg.limit)
+
+
+def _settled(recipe: ModuleType, cfg: Any) -> dict[str, Any]:
+    return {"recipe": _name(recipe)} | cfg.model_dump(mode="json")
+
+
+def _copies(folder: Path) -> set[str]:
+    """Names of what earlier runs have copied into their folder from the store; none where no run has been."""
+    if "recipe" not in (_read(folder / CONFIG) if (folder / CONFIG).is_file() else {}):
+        return set()
+    return {path.relative_to(folder).as_posix() for pattern in COPIES for path in folder.glob(pattern)}
+
+
+def _make_way(folder: Path, settled: dict[str, Any], planned: Set[str]) -> None:
+    """Drop the copies of an earlier run that this one's plan does not name: nobody can tell whose they are.
+
+    With other settings its numbers go as well, and first of all: they would speak of drafts that are gone.
+    """
+    earlier = _copies(folder)
+    if earlier and not _says(folder / CONFIG, settled):
+        (folder / "summary.json").unlink(missing_ok=True)
+        planned = planned - {"metrics.jsonl"}
+    _drop(folder, earlier - planned)
+
+
+def _drop(folder: Path, names: Set[str]) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _store(folder: Path, store: str | None) -> Store:
@@ -242,9 +282,11 @@ def _stopped_if_it_fails(bench: Bench) -> Iterator[None]:
         raise
 
 
-def _finish(bench: Bench) -> tuple[Path, Summary]:
+def _finish(bench: Bench, earlier: Set[str]) -> tuple[Path, Summary]:
+    """The last words of a run; what `earlier` runs have left and this one did not write, as it ended early, goes."""
     from upturn.report import page
 
+    _drop(bench.run_dir, earlier - bench.copies)
     bench.summary = bench.summary.model_copy(update={"status": "finished"})
     bench.summary.write(bench.run_dir / "summary.json")
     page.write_page(bench.run_dir)
@@ -264,7 +306,7 @@ def plan(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """What a run would do: the resolved config, the steps, which are done, tokens and time."""
     run_name, recipe, cfg = config.load(name, overrides)
     bench, store = _planned(run_name, recipe, cfg)
-    resolved = {"recipe": _name(recipe)} | cfg.model_dump(mode="json")
+    resolved = _settled(recipe, cfg)
     _refuse_another_config(bench.run_dir, resolved, config.file_of(name))
     speed = estimate.measure(Path(bench.load(cfg.model).folder), cfg.options.dtype, cfg.options.device)
     steps = [
@@ -289,5 +331,7 @@ def describe(planned: dict[str, Any]) -> str:
     for step in planned["steps"]:
         takes = f"about {step['tokens']:,} tokens, {step['seconds'] / 60:.1f} min" if step["tokens"] else "a moment"
         lines.append(f"  {step['name']:<{width}}  {'done' if step['done'] else takes}")
-    lines.append(f"\nTo do: about {planned['tokens']:,} tokens, {planned['seconds'] / 60:.0f} minutes on this machine.")
+    minutes = round(planned["seconds"] / 60)
+    takes = f"{minutes} minute{'s' * (minutes > 1)}" if minutes else "under a minute"
+    lines.append(f"\nTo do: about {planned['tokens']:,} tokens, {takes} on this machine.")
     return "\n".join(lines)

@@ -22,6 +22,8 @@ from upturn.lab._memory import forget_peak, give_back, peak_mb
 from upturn.tracking import progress
 
 MANIFEST = "manifest.json"
+LOCK, PID = ".run.lock", ".run.pid"
+"""Hidden files of a run folder: held while a run is at work there, and by which process."""
 _DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
     *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY),
@@ -93,7 +95,8 @@ class Store:
 
         `work` gets a folder in which it may keep partial progress: an interrupted step finds it again. What it
         returns goes into the manifest. Another process that wants the same result waits, then reads it; `label` is
-        what it says it waits for. A result whose facts are not accepted becomes partial progress again.
+        what it says it waits for. A result whose facts are not accepted becomes partial progress again; one whose
+        manifest cannot be read is done again from the beginning, since nothing vouches for its files.
         """
         key = key_of(name, version, config, inputs)
         if (found := _find(self.folder, name, key)) and accepts(found.manifest["facts"]):
@@ -105,6 +108,13 @@ class Store:
                     return found
                 shutil.rmtree(part, ignore_errors=True)
                 os.replace(final, part)
+            elif final.is_dir():
+                aside = final.with_name(f"{final.name}.damaged")  # answers that were paid for may be in it
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(final, aside)
+                progress.say(
+                    f"{label or name} ({key}): its {MANIFEST} is damaged or gone, so it is done again; {aside} keeps it"
+                )
             part.mkdir(exist_ok=True)
             began = time.time()
             give_back()
@@ -136,6 +146,33 @@ Steps = Store | Planned
 
 
 @contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """Be the only run in a run folder. Raises RunError where another one is at work: their files would mix.
+
+    The system holds the lock, so a process that was killed leaves none. Stores are shared all the same.
+    """
+    held = FileLock(folder / LOCK)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire(blocking=False)
+        except Timeout as error:
+            what = f"A run is at work here (process {_pid(folder)})."
+            raise RunError(f"run folder {folder}", what, "Wait for it, or set output_dir to another folder.") from error
+    try:
+        with writing(folder):
+            (folder / PID).write_text(str(os.getpid()))
+        yield
+    finally:
+        held.release()
+
+
+def _pid(folder: Path) -> str:
+    """Who holds the lock of a run folder; it may not have told yet."""
+    return ((folder / PID).read_text().strip() if (folder / PID).is_file() else "") or "unknown"
+
+
+@contextmanager
 def _alone(lock: Path, what: str) -> Iterator[None]:
     """Do something while no other process does it; say once where that means to wait."""
     held = FileLock(lock)
@@ -151,10 +188,14 @@ def _alone(lock: Path, what: str) -> Iterator[None]:
 
 
 def _find(folder: Path, name: str, key: str) -> Result | None:
-    """The finished result, if it is there."""
+    """The finished result, if it is there. A manifest that a failed disk left empty or cut tells of none."""
     place = folder / f"{name}-{key}"
-    manifest = place / MANIFEST
-    return Result(key, place, json.loads(manifest.read_text()), True) if manifest.is_file() else None
+    try:
+        manifest = json.loads((place / MANIFEST).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    whole = isinstance(manifest, dict) and isinstance(manifest.get("facts"), dict) and "seconds" in manifest
+    return Result(key, place, manifest, True) if whole else None
 
 
 def write_json(path: Path, data: Any) -> None:

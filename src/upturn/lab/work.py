@@ -279,12 +279,21 @@ def train(
     From then on the training is not repeated, should the process be killed before its step is done.
     """
     done = s.folder / OUTCOME
-    if not done.is_file():
+    outcome = _found(done)
+    if outcome is None:
         outcome = _trained(loaded, reference, examples, how, s)
         sync_all(s.folder / "model")
         write_text(done, json.dumps(outcome))
     training.forget(s.folder)
-    return json.loads(done.read_text())
+    return outcome
+
+
+def _found(path: Path) -> dict[str, Any] | None:
+    """What a file of progress says; None where there is none, or it is empty or cut."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _trained(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from upturn import __version__
-from upturn._model import Strict
+from upturn._model import Strict, problems
 from upturn.errors import ModelError
 from upturn.evaluation.summary import Summary
 from upturn.evaluation.turns import TurnRow
@@ -51,8 +51,10 @@ def refining(folder: Path) -> Refining:
     try:
         return Refining.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
-        problem = str(error).splitlines()[0]
-        raise ModelError(str(path), f"It cannot be read: {problem}.", "Mend or delete it.") from error
+        raise ModelError(str(path), f"It cannot be read: {problems(error)}.", "Mend or delete it.") from error
+    except OSError as error:
+        mend = "See that it is a file that you may read."
+        raise ModelError(str(path), f"It cannot be read: {error.strerror or error}.", mend) from error
 
 
 def stage(label: str, objective: dict[str, Any], num_pairs: int) -> str:

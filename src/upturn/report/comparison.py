@@ -27,7 +27,7 @@ from upturn.report.drawing import (
     panel_width,
     percent_axis,
 )
-from upturn.report.formats import between, listing, p_value, percent, signed
+from upturn.report.formats import between, listing, p_value, percent, signed, tone
 from upturn.report.page import fill, write
 from upturn.report.sections import Section
 from upturn.report.tables import (
@@ -81,9 +81,11 @@ def _sentence(contrast: Contrast) -> str:
     change = contrast.difference
     within = f"95% interval {between(change, 100)}, {change.n:,} prompts, Holm's p {_is(contrast)}"
     points = 100 * change.value
+    often = f"is right {abs(points):.1f} points {'more' if points > 0 else 'less'} often than {contrast.before} {where}"
     if contrast.p_holm < LEVEL:
-        often = f"{abs(points):.1f} points {'more' if points > 0 else 'less'} often"
-        return f"{contrast.after} is right {often} than {contrast.before} {where} ({within})."
+        return f"{contrast.after} {often} ({within})."
+    if tone(change):  # the interval is of this contrast alone
+        return f"{contrast.after} {often}, but that is not proven after Holm's correction ({within})."
     return f"{contrast.after} and {contrast.before} cannot be told apart {where}: {signed(points)} points ({within})."
 
 

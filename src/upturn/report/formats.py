@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from typing import Literal
 
-from upturn.evaluation.phrases import Interval, between, percent, signed
+from upturn.evaluation.phrases import Interval, between, counted, percent, signed
 from upturn.evaluation.study import Drift, Study
 
-__all__ = ["Tone", "between", "duration", "headline", "listing", "memory", "p_value", "percent", "signed", "tone"]
+__all__ = [
+    "Tone",
+    "between",
+    "counted",
+    "duration",
+    "headline",
+    "listing",
+    "memory",
+    "p_value",
+    "percent",
+    "signed",
+    "tone",
+]
 
 Tone = Literal["", "better", "worse"]
 """What an interval shows: all of it above 0, all of it below 0, or neither ('')."""

@@ -6,12 +6,15 @@ bytes.
 
 from __future__ import annotations
 
+import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from upturn.errors import RunError
 from upturn.evaluation.study import Study
 from upturn.evaluation.summary import Summary
 from upturn.report import drafts, read, sections
@@ -22,8 +25,12 @@ FILE = "report.html"
 
 
 def write_page(run_dir: Path) -> Path:
-    """Write `report.html` into a run folder and return its path. Raises RunError where files are missing or broken."""
-    return write(run_dir / FILE, render(*read.both(run_dir)))
+    """Write `report.html` into a run folder and return its path.
+
+    Raises RunError where files are missing or broken, and OSError where the page cannot be written: a run tells that as
+    it does of all its files.
+    """
+    return _put(run_dir / FILE, render(*read.both(run_dir)))
 
 
 def render(run: read.Run, study: Study) -> str:
@@ -57,10 +64,32 @@ def fill(template: str, **values: Any) -> str:
 
 
 def write(path: Path, text: str) -> Path:
+    """Write a page and return its path. Raises RunError where it cannot be written."""
+    try:
+        return _put(path, text)
+    except OSError as error:
+        what = f"The page cannot be written: {error.strerror or error}."
+        raise RunError(str(path), what, _mend(path, error)) from error
+
+
+def _mend(path: Path, error: OSError) -> str:
+    if error.errno == errno.ENOENT:
+        return f"Make the folder {path.parent}, or write to another."
+    if error.errno == errno.EISDIR:
+        return "Move this folder away: the page is a file of its name."
+    return f"See that {path.parent} is a folder that you may write to, on a disk with room."
+
+
+def _put(path: Path, text: str) -> Path:
     """Write by rename: a reader sees the old page or the new one."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    except OSError:
+        with suppress(OSError):
+            draft.unlink()
+        raise
     return path
 
 

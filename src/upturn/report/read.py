@@ -31,7 +31,16 @@ class Run:
 
 
 def read(folder: Path) -> Run:
-    """A run, finished or not. Raises RunError that names every file that is missing, or the line that is broken."""
+    """A run, finished or not. Raises RunError that names every file that is missing, or what cannot be read."""
+    try:
+        return _read(folder)
+    except OSError as error:
+        place = error.filename or folder
+        what = f"It cannot be read: {error.strerror or error}."
+        raise RunError(str(place), what, "See that you may read it, or copy the run to where you may.") from error
+
+
+def _read(folder: Path) -> Run:
     if not folder.is_dir():
         raise RunError(str(folder), "There is no such folder.", "Give the folder of a run.")
     summary = Summary.read(folder / "summary.json")
@@ -79,7 +88,7 @@ def _measured(folder: Path, row: Measurement) -> Measured:
 
 def _attempts(path: Path) -> list[Attempt]:
     found = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:  # so that a line that is no text is named, too
         for number, line in enumerate(lines, 1):
             try:
                 attempt = attempt_from_json(json.loads(line))

@@ -258,5 +258,10 @@ def stages(study: Study) -> Section | None:
         "What the run took",
         lead,
         tables=(run_tables.kinds_of_stage(study.stages),),
-        more=(More(f"All {len(study.stages)} steps", (run_tables.stages(study.stages),)),),
+        more=(
+            More(
+                "The only step" if len(study.stages) == 1 else f"All {len(study.stages)} steps",
+                (run_tables.stages(study.stages),),
+            ),
+        ),
     )

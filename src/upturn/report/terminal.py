@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from dataclasses import dataclass
+
 from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table as Rich
 from rich.text import Text
 
@@ -13,11 +18,32 @@ from upturn.report.diff import word_diff
 from upturn.report.formats import between, headline, signed, tone
 from upturn.report.tables import Cell, Table
 
+UNBOUND = 10_000
+"""Columns where nobody's terminal bounds a line."""
+CUT = "…"
+"""What rich puts in the place of what a column has no room for."""
 _TONES = {"better": "green", "worse": "red", "": ""}
 _STYLES = {"same": "", "gap": "", "added": "underline green", "removed": "strike red"}
 
 
-def turn_table(summary: Summary) -> Rich:
+@dataclass(frozen=True, slots=True)
+class Folding:
+    """A table; where the width would cut anything in it, a line for each of its cells instead."""
+
+    whole: Rich
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        drawn = list(console.render(self.whole, options))
+        is_cut = any(CUT in segment.text for segment in drawn)
+        yield from console.render(_folded(self.whole), options) if is_cut else drawn
+
+
+def console() -> Console:
+    """Standard output. In a pipe or a file a line is as long as it needs, unless COLUMNS says how long."""
+    return Console() if sys.stdout.isatty() or os.environ.get("COLUMNS") else Console(width=UNBOUND)
+
+
+def turn_table(summary: Summary) -> Folding:
     """One row per measured model: accuracy per turn in percent, and what the last turn adds to the first."""
     rows = [row for measured in summary.measurements for row in measured.turns]
     turns = sorted({row.turn for row in rows})
@@ -36,10 +62,10 @@ def turn_table(summary: Summary) -> Rich:
     for measured in summary.measurements:
         rows = {row.turn: row for row in measured.turns}
         drawn.add_row(measured.label, *(_accuracy(rows.get(turn)) for turn in turns), *_change(measured))
-    return drawn
+    return Folding(drawn)
 
 
-def table(shown: Table) -> Rich:
+def table(shown: Table) -> Folding:
     """A table of the page."""
     drawn = _empty(shown.title, shown.note)
     for place, column in enumerate(shown.columns):
@@ -48,7 +74,7 @@ def table(shown: Table) -> Rich:
         drawn.add_column(name, justify=justify, style="" if place else "bold", no_wrap=not place)
     for row in shown.rows:
         drawn.add_row(*map(_cell, row))
-    return drawn
+    return Folding(drawn)
 
 
 def verdict(study: Study) -> str:
@@ -71,6 +97,29 @@ def _empty(title: str, caption: str) -> Rich:
         collapse_padding=True,
         pad_edge=False,
     )
+
+
+def _folded(whole: Rich) -> Group:
+    """What a table says, row by row: its first cell, and a line for each other one."""
+    heads = [_in_line(str(column.header)) for column in whole.columns]
+    parts: list[Text | Rich] = [Text(str(whole.title), style="italic")]
+    for first, *cells in zip(*(column.cells for column in whole.columns), strict=True):
+        lines = Rich.grid(padding=(0, 2, 0, 0))
+        for head, cell in zip(heads[1:], cells, strict=True):
+            if str(cell):
+                lines.add_row(head, _in_line(cell))
+        for column in lines.columns:
+            column.overflow = "fold"
+        parts += [Text("\n") + _in_line(first, "bold"), lines]
+    return Group(*parts, Text(f"\n{whole.caption or ''}", style="dim italic"))
+
+
+def _in_line(cell: object, style: str = "") -> Text:
+    """A cell of several lines as one."""
+    text = cell if isinstance(cell, Text) else Text(str(cell))
+    joined = Text(", ").join(text.split("\n"))
+    joined.stylize(style)
+    return joined
 
 
 def _cell(cell: Cell) -> Text:

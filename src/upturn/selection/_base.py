@@ -9,6 +9,27 @@ from dataclasses import dataclass
 
 from upturn.types import Attempt, Draft, Example, Group, Pair, Prompt, Score
 
+REASONS = {
+    "no score": "without a score",
+    "cut": "where a draft that it takes was cut at the length limit",
+    "low": "whose best draft scores below min_chosen",
+    "one draft": "with a single draft, and none to compare it with",
+    "tied": "whose drafts are tied",
+    "margin": "whose scores differ by less than the margin",
+    "same text": "whose drafts read the same",
+    "no further draft": "without a further draft",
+    "too few drafts": "with too few drafts",
+    "no answer": "with no final answer in the last drafts",
+    "disagree": "whose last drafts disagree",
+    "all right": "whose drafts are all right",
+    "all wrong": "whose drafts are all wrong",
+    "none right": "with no right draft",
+    "no right draft": "with no right draft",
+    "nothing refined": "where no draft was refined",
+    "no flip": "where no refinement turned wrong to right, or right to wrong, as asked for",
+    "no critique": "without a critique by the scorer",
+}
+"""Why prompts make no example, as it goes on behind their number; an own rule's reason stands for itself."""
 Key = Callable[[Prompt, str], str]
 """Prompt and answer -> the canonical final answer, as in `Task.vote_key`."""
 
@@ -76,6 +97,12 @@ def collect(attempts: list[Attempt], choose: Callable[[Attempt], Sequence[Exampl
         set_aside["cut"] += sum(not draft.complete for draft in attempt.drafts)
         set_aside["no score"] += sum(math.isnan(score.value) for score in attempt.scores)
     return Selection(examples, dict(+dropped), dict(+set_aside))
+
+
+def why_none(dropped: Mapping[str, int], num_attempts: int) -> str:
+    """How many attempts gave no example, by reason, where none gave one: all slots of an attempt share its reason."""
+    slots = max(1, sum(dropped.values()) // max(1, num_attempts))
+    return ", ".join(f"{count // slots} {REASONS.get(reason, reason)}" for reason, count in dropped.items())
 
 
 def same(one: Draft, other: Draft) -> bool:

@@ -8,6 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,9 +28,20 @@ def logps(
     The same layout, dtype and chunks as in training make the margins at step 0 exactly 0, not nearly. An example that
     the steps never reach has NaN.
     """
-    if not path.is_file():
+    found = _read(path, label) if path.is_file() else None
+    if found is None:
         _write(path, _compute(model, num_targets, steps, pack, label))
-    return list(load_file(path)["logps"].split(list(num_targets)))
+        found = load_file(path)["logps"]
+    return list(found.split(list(num_targets)))
+
+
+def _read(path: Path, label: str) -> Tensor | None:
+    """What is cached; None where a failed disk left the file empty or cut."""
+    try:
+        return load_file(path)["logps"]
+    except SafetensorError:
+        progress.say(f"{label}: {path.name} is damaged, so its values are computed again")
+        return None
 
 
 def _compute(

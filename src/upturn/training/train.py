@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from upturn.errors import DataError, RunError
@@ -107,10 +108,12 @@ def _keep_to_one_arithmetic(model: nn.Module, job: Job) -> None:
     Its steps would not be those of any unbroken run, and its policy would differ from the cached reference.
     """
     path, now = job.folder / ARITHMETIC, _arithmetic(model)
-    before = json.loads(path.read_text()) if path.is_file() else now
+    before = _told(path) if path.is_file() else now
     if before != now:
         told = ", ".join(
-            f"{name} {before.get(name)} before, {now[name]} now" for name in now if now[name] != before.get(name)
+            f"{name} {before.get(name, 'unknown')} before, {now[name]} now"
+            for name in now
+            if now[name] != before.get(name)
         )
         progress.say(f"{job.label}: begins anew, as what is left of it was computed otherwise ({told})")
         for name in FROZEN:
@@ -119,6 +122,15 @@ def _keep_to_one_arithmetic(model: nn.Module, job: Job) -> None:
     if before != now or not path.is_file():
         path.with_suffix(".part").write_text(json.dumps(now))
         os.replace(path.with_suffix(".part"), path)
+
+
+def _told(path: Path) -> dict[str, Any]:
+    """What stands in a file beside a checkpoint; nothing where it is empty or cut."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _arithmetic(model: nn.Module) -> dict[str, str]:
@@ -313,8 +325,15 @@ class _Trainer:
             os.replace(old, self.folder)
         if not _is_whole(self.folder):
             return 0
-        state = json.loads((self.folder / STATE).read_text())
-        self.optimizer.load(self.folder / OPTIMIZER)
+        state = _told(self.folder / STATE)
+        try:
+            if not {"step", "history"} <= state.keys():
+                raise ValueError(f"{STATE} is damaged")
+            self.optimizer.load(self.folder / OPTIMIZER)  # which reads all before it sets any
+        except (SafetensorError, ValueError):
+            progress.say(f"{self.job.label}: its checkpoint is damaged, so it begins anew")
+            shutil.rmtree(self.folder)
+            return 0
         self.history = state["history"]
         progress.say(f"{self.job.label}: going on after step {state['step']} of {len(self.steps)}")
         return int(state["step"])
