@@ -423,8 +423,12 @@ def test_ctrl_c_keeps_the_answers(tmp_path: Path, unbroken: bytes):
         os.kill(os.getpid(), signal.SIGINT)
         return "slow"
 
-    with FlakyServer(plan) as server, pytest.raises(KeyboardInterrupt):
-        ask(server.url, tmp_path / "step")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with FlakyServer(plan) as server, pytest.raises(KeyboardInterrupt):
+            ask(server.url, tmp_path / "step")
+    finally:
+        signal.signal(signal.SIGINT, before)
     with FlakyServer() as server:
         ask(server.url, tmp_path / "step")
     assert questions(server) == [prompt.text for prompt in PROMPTS[2:]]
