@@ -248,6 +248,8 @@ def test_a_plan_never_takes_no_time(seconds: float, told: str):
     steps = [{"name": "train sft", "tokens": 9, "seconds": seconds, "done": False}]
     plan = {"config": {}, "output_dir": "r", "steps": steps, "tokens": 9, "seconds": seconds}
     assert session.describe(plan).endswith(f"To do: about 9 tokens, {told} on this machine.")
+    done = plan | {"steps": [steps[0] | {"done": True}], "tokens": 0, "seconds": 0}
+    assert session.describe(done).endswith("To do: nothing, all steps are done.")
 
 
 def test_a_run_folder_that_is_a_file_is_told(model: Path, tmp_path: Path):

@@ -333,5 +333,7 @@ def describe(planned: dict[str, Any]) -> str:
         lines.append(f"  {step['name']:<{width}}  {'done' if step['done'] else takes}")
     minutes = round(planned["seconds"] / 60)
     takes = f"{minutes} minute{'s' * (minutes > 1)}" if minutes else "under a minute"
-    lines.append(f"\nTo do: about {planned['tokens']:,} tokens, {takes} on this machine.")
-    return "\n".join(lines)
+    todo = f"about {planned['tokens']:,} tokens, {takes} on this machine."
+    if all(step["done"] for step in planned["steps"]):
+        todo = "nothing, all steps are done."
+    return "\n".join([*lines, f"\nTo do: {todo}"])
