@@ -6,6 +6,7 @@ so chains, stars, parallel samples and aggregation are the same data with other 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -193,6 +194,11 @@ def _folded(attempt: Attempt) -> Attempt:
 def to_json(record: Any) -> dict[str, Any]:
     """Any record of this module as plain JSON data."""
     return asdict(record)
+
+
+def line_of(record: Any) -> str:
+    """Any record of this module as a line of a `.jsonl` file, without its end."""
+    return json.dumps(to_json(record), separators=(",", ":"))
 
 
 def attempt_from_json(data: dict[str, Any]) -> Attempt:

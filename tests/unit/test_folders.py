@@ -398,7 +398,7 @@ def test_a_short_name_takes_the_package_where_the_hub_gives_nothing(
 ):
     hub(names or (), fault=None if names else ConnectionError("down"))
     known = convert()
-    wheel = folders.Wheel("some==1", "some/other.gguf", folders._sha256(cache.parents[1] / "some.gguf"), "owner/name")
+    wheel = folders.Wheel("some==1", "some/other.gguf", folders.sha256_of(cache.parents[1] / "some.gguf"), "owner/name")
     monkeypatch.setitem(folders.SHORT_NAMES, "short", wheel)
     monkeypatch.setattr(subprocess, "run", _pip(wheel, b"bytes"))
     made = Path(folders.resolve("short"))

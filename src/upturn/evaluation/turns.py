@@ -242,15 +242,16 @@ def _differences(runs: Sequence[Sequence[Attempt]], first: int, last: int) -> tu
 
 def majority(attempts: Sequence[Attempt]) -> Majority:
     """The vote of each attempt's drafts."""
-    known = [attempt for attempt in attempts if not isnan(vote(scores_of(attempt)))]
-    accuracy, low, high = stats.wilson(sum(vote(scores_of(attempt)) == 1 for attempt in known), len(known))
+    votes = [(attempt, vote(scores_of(attempt))) for attempt in attempts]
+    known = [(attempt, right) for attempt, right in votes if not isnan(right)]
+    accuracy, low, high = stats.wilson(sum(right == 1 for _, right in known), len(known))
     return Majority(
         votes=max((len(attempt.drafts) for attempt in attempts), default=0),
         n=len(known),
         accuracy=accuracy,
         low=low,
         high=high,
-        oracle=sum(any(right_of(s) == 1 for s in scores_of(a)) for a in known) / max(len(known), 1),
+        oracle=sum(any(right_of(s) == 1 for s in scores_of(a)) for a, _ in known) / max(len(known), 1),
         tokens=sum(_tokens(attempt.drafts) for attempt in attempts),
     )
 

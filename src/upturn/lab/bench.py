@@ -22,7 +22,7 @@ from upturn.models.chat import VERSION as CHAT_VERSION
 from upturn.selection._base import label_precision, why_none
 from upturn.strategies._base import num_drafts
 from upturn.tracking import events, progress
-from upturn.types import GENERIC_CRITIQUE, Prompt, Requests, answers, to_json
+from upturn.types import GENERIC_CRITIQUE, Prompt, Requests, answers, line_of
 
 VERSIONS = {"generate": 12, "score": 5, "select": 6, "train": 9, "drift": 7}
 """Raised when a step would give another result from the same inputs."""
@@ -383,7 +383,7 @@ def _trained(folder: Path) -> list[dict[str, Any]]:
 
 
 def _lines(records: Sequence[Any]) -> str:
-    return "".join(json.dumps(to_json(record), separators=(",", ":")) + "\n" for record in records)
+    return "".join(line_of(record) + "\n" for record in records)
 
 
 def _refuse_gold(selector: Plugin, scorer: Plugin | None) -> None:

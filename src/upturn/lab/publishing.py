@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from filelock import FileLock
 from upturn.errors import RunError
 from upturn.evaluation.summary import Summary
 from upturn.lab.store import sync, sync_all
-from upturn.models import card
+from upturn.models import card, folders
 
 SUMS = ".published.sha256"
 """Names the files that were published, each with its sum, as `sha256sum -c` reads them."""
@@ -49,7 +48,7 @@ def publish(
         _copy(source, part)
         (part / "README.md").write_text(card.final(summary, about))
         (part / card.REFINING).write_text(refining.model_dump_json(indent=2) + "\n")
-        (part / SUMS).write_text("".join(f"{_sum(path)}  {name}\n" for name, path in _files(part).items()))
+        (part / SUMS).write_text("".join(f"{folders.sha256_of(path)}  {name}\n" for name, path in _files(part).items()))
         sync_all(part)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -89,7 +88,7 @@ def _foreign(folder: Path) -> list[str]:
     if sums := files.pop(SUMS, None):
         told = (line.partition("  ") for line in sums.read_text().splitlines())
         ours = {name: found for found, _, name in told}
-        return [name for name, path in files.items() if path.is_symlink() or ours.get(name) != _sum(path)]
+        return [name for name, path in files.items() if path.is_symlink() or ours.get(name) != folders.sha256_of(path)]
     if card.REFINING not in files:
         return list(files)
     return [name for name in files if not any(fnmatch(name, kind) for kind in KINDS) or "/" in name]
@@ -99,11 +98,6 @@ def _files(folder: Path) -> dict[str, Path]:
     """All files below a folder by their names in it; a link is a file, wherever it leads."""
     found = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return {path.relative_to(folder).as_posix(): path for path in found}
-
-
-def _sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _refusal(target: Path, what: str) -> RunError:

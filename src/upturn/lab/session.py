@@ -14,6 +14,7 @@ import yaml
 from upturn import __version__, config
 from upturn.engines.api import Endpoint
 from upturn.errors import RunError
+from upturn.evaluation.phrases import counted
 from upturn.evaluation.summary import Summary
 from upturn.lab import estimate
 from upturn.lab.bench import Bench
@@ -332,7 +333,7 @@ def describe(planned: dict[str, Any]) -> str:
         takes = f"about {step['tokens']:,} tokens, {step['seconds'] / 60:.1f} min" if step["tokens"] else "a moment"
         lines.append(f"  {step['name']:<{width}}  {'done' if step['done'] else takes}")
     minutes = round(planned["seconds"] / 60)
-    takes = f"{minutes} minute{'s' * (minutes > 1)}" if minutes else "under a minute"
+    takes = counted(minutes, "minute") if minutes else "under a minute"
     todo = f"about {planned['tokens']:,} tokens, {takes} on this machine."
     if all(step["done"] for step in planned["steps"]):
         todo = "nothing, all steps are done."

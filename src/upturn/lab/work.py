@@ -21,7 +21,7 @@ from upturn.models import card, chat, load, policy
 from upturn.strategies._base import num_drafts
 from upturn.tracking import events, progress
 from upturn.training import train as training
-from upturn.types import Attempt, Draft, Example, Pair, Prompt, Requests, Sample, draft_from_json, to_json
+from upturn.types import Attempt, Draft, Example, Pair, Prompt, Requests, Sample, draft_from_json, line_of
 
 SIZES = "sizes.json"
 """Slots and prompts of a chunk, until the chunks are merged."""
@@ -192,7 +192,7 @@ def _in_chunks(
             if missing := [prompt for prompt in chunk if prompt.id not in done]:
                 attempts = _run(engine, missing, rule.generate(), seen, path)
                 events.sample(s.label, attempts)
-                done |= {attempt.prompt.id: _line(attempt) for attempt in attempts}
+                done |= {attempt.prompt.id: line_of(attempt) for attempt in attempts}
                 failures |= getattr(engine, "failures", {})
             lines = [done[prompt.id] for prompt in chunk if prompt.id in done]
             if missing or lines != found:  # or killed with all of them there, as they came
@@ -219,14 +219,10 @@ def _run(
     with path.open("a") as file:
 
         def keep(attempt: Attempt) -> None:
-            file.write(_line(attempt) + "\n")
+            file.write(line_of(attempt) + "\n")
             file.flush()
 
         return engine.run(prompts, generate, seen, keep)
-
-
-def _line(attempt: Attempt) -> str:
-    return json.dumps(to_json(attempt), separators=(",", ":"))
 
 
 def _text(lines: Sequence[str]) -> str:
@@ -279,21 +275,13 @@ def train(
     From then on the training is not repeated, should the process be killed before its step is done.
     """
     done = s.folder / OUTCOME
-    outcome = _found(done)
-    if outcome is None:
+    outcome = training.told(done)
+    if not outcome:
         outcome = _trained(loaded, reference, examples, how, s)
         sync_all(s.folder / "model")
         write_text(done, json.dumps(outcome))
     training.forget(s.folder)
     return outcome
-
-
-def _found(path: Path) -> dict[str, Any] | None:
-    """What a file of progress says; None where there is none, or it is empty or cut."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def _trained(

@@ -115,16 +115,14 @@ def load(tokenizer: Any, model_end_ids: Sequence[int], requests: Requests, layou
     if not end_ids:
         raise ModelError(where, "No end-of-sequence token is known.", "Set eos_token_id in generation_config.")
     ends = tuple(sorted(end_ids))
-    quoted = Chat(tokenizer, "quoted", ends, requests, _closing(tokenizer, ends, requests.refine))
-    if layout == "quoted":
-        return quoted
-    bridge, why = _bridge(tokenizer, end_ids, requests.refine)
+    bridge, why = (None, "") if layout == "quoted" else _bridge(tokenizer, end_ids, requests.refine)
     if bridge is not None:
         chat = Chat(tokenizer, "conversation", ends, requests, bridge[0], {requests.refine: bridge[1:]})
         return replace(chat, bridges={requests.critique: chat._bridge_to(requests.critique), **chat.bridges})
     if layout == "conversation":
         raise ModelError(where, f"The chat template is not prefix-preserving: {why}.", "Set options.layout=quoted.")
-    return replace(quoted, notice=f"drafts are quoted in one message, because {why}")
+    notice = f"drafts are quoted in one message, because {why}" if why else ""
+    return Chat(tokenizer, "quoted", ends, requests, _closing(tokenizer, ends, requests.refine), notice=notice)
 
 
 def _closing(tokenizer: Any, ends: Sequence[int], request: str) -> int:

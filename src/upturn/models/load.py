@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from upturn.errors import ModelError, first_line
-from upturn.models import _faithful as faithful
-from upturn.models import folders, lean
+from upturn.models import _faithful, folders, lean
 
 Dtype = str
 """'float32', 'bfloat16' or 'auto' (bfloat16 for pretrained weights of 16 bits, else float32)."""
@@ -46,7 +45,7 @@ def load(name: str, dtype: Dtype = "auto", *, trust_remote_code: bool = False, d
         nn.Module.to(model, place)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {place}", first_line(error), "Use another device, or device=auto.") from error
-    faithful.check(model.eval(), name)
+    _faithful.check(model.eval(), name)
     return Loaded(model, tokenizer, name, _ids(ends))
 
 

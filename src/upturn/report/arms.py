@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import isnan, nan
+from math import nan
 from statistics import fmean
 
 from upturn.evaluation import stats, values
@@ -57,7 +57,7 @@ def _tokens(chain: Sequence[Attempt], turn: int) -> float:
 def _share(runs: Sequence[Run], number: values.Number, seed: int) -> Estimate:
     """By Wilson for a single run, else by the bootstrap over seeds and prompts."""
     if len(runs) == 1:
-        return stats.share([bool(known) for known in map(number, runs[0].chain) if not isnan(known)])
+        return stats.share([number(attempt) for attempt in runs[0].chain])
     rows = [values.per_prompt(run.chain, number) for run in runs]
     prompts = dict.fromkeys(prompt for row in rows for prompt in row)
     return stats.mean([[row.get(prompt, nan) for prompt in prompts] for row in rows], seed)

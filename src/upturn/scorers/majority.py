@@ -27,8 +27,6 @@ from upturn.types import Attempt, Score
 
 RIGHT_IS_GOLD = True
 """Whether `right` is the verifier's word beside this scorer's own: for measuring, and not to be learnt from."""
-
-
 BY_OTHERS = True
 """Whether a draft is judged by the other drafts of its attempt, so that its score says something of them too."""
 

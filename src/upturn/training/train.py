@@ -108,14 +108,14 @@ def _keep_to_one_arithmetic(model: nn.Module, job: Job) -> None:
     Its steps would not be those of any unbroken run, and its policy would differ from the cached reference.
     """
     path, now = job.folder / ARITHMETIC, _arithmetic(model)
-    before = _told(path) if path.is_file() else now
+    before = told(path) if path.is_file() else now
     if before != now:
-        told = ", ".join(
+        changed = ", ".join(
             f"{name} {before.get(name, 'unknown')} before, {now[name]} now"
             for name in now
             if now[name] != before.get(name)
         )
-        progress.say(f"{job.label}: begins anew, as what is left of it was computed otherwise ({told})")
+        progress.say(f"{job.label}: begins anew, as what is left of it was computed otherwise ({changed})")
         for name in FROZEN:
             (job.folder / f"{name}.safetensors").unlink(missing_ok=True)
         forget(job.folder)
@@ -124,11 +124,11 @@ def _keep_to_one_arithmetic(model: nn.Module, job: Job) -> None:
         os.replace(path.with_suffix(".part"), path)
 
 
-def _told(path: Path) -> dict[str, Any]:
-    """What stands in a file beside a checkpoint; nothing where it is empty or cut."""
+def told(path: Path) -> dict[str, Any]:
+    """What stands in a file of progress; nothing where there is none, or it is empty or cut."""
     try:
         found = json.loads(path.read_text())
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -325,7 +325,7 @@ class _Trainer:
             os.replace(old, self.folder)
         if not _is_whole(self.folder):
             return 0
-        state = _told(self.folder / STATE)
+        state = told(self.folder / STATE)
         try:
             if not {"step", "history"} <= state.keys():
                 raise ValueError(f"{STATE} is damaged")
